@@ -1,0 +1,18 @@
+"""``python -m benchmarks [cpu|gpu] [options]``: on the GPU where there is one, else on the CPU."""
+
+import importlib
+import sys
+
+import torch
+
+
+def main(argv: list[str]) -> int:
+    if argv and argv[0] in ("cpu", "gpu"):
+        where, *argv = argv
+    else:
+        where = "gpu" if torch.cuda.is_available() else "cpu"
+    return importlib.import_module(f"benchmarks.{where}").main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,175 @@
+"""What may come in: every argument is checked once, here, before anything is computed.
+
+Shapes are written as a notation, ``"B T H K"``: a letter seen first binds its size, seen again it
+must agree, and a number stands for itself.  A leading ``?`` marks an operand that may be ``None``.
+Shapes and values that are wrong raise ValueError; types, dtypes and unknown keywords TypeError.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_HINTS = {
+    "head_first": "tensors are always [B, T, H, D]; pass x.transpose(1, 2) for a head-first x",
+    "offsets": "packed sequences are given as cu_seqlens",
+}
+
+
+def public(function: Function) -> Function:
+    """Make an unknown keyword a TypeError that says what to do instead."""
+    known = frozenset(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def face(*args, **kwargs):
+        for name in kwargs:
+            if name not in known:
+                hint = f": {_HINTS[name]}" if name in _HINTS else ""
+                raise TypeError(f"{name}: {function.__name__} has no such argument{hint}")
+        return function(*args, **kwargs)
+
+    return face  # type: ignore[return-value]
+
+
+def operands(sizes: dict[str, int] | None = None, **expected: tuple[Any, str]) -> dict[str, int]:
+    """Check tensors against their notation and return the size of every letter.
+
+    ``operands(q=(q, "B T H K"), g=(g, "?B T H"))`` also makes sure that each one is a floating
+    point tensor on the device of the first, and that q, k and v share one dtype.  ``sizes`` binds
+    letters beforehand.
+    """
+    sizes = dict(sizes or {})
+    first: tuple[str, torch.Tensor] | None = None
+    for name, (tensor, notation) in expected.items():
+        if tensor is None and notation[0] == "?":
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point tensor, got {tensor.dtype}")
+        if first is None:
+            first = name, tensor
+        elif tensor.device != first[1].device:
+            raise ValueError(
+                f"{name}: expected the device of {first[0]}, {first[1].device}, got {tensor.device}"
+            )
+        elif name in ("k", "v") and first[0] == "q" and tensor.dtype != first[1].dtype:
+            raise TypeError(
+                f"{name}: expected the dtype of q, {first[1].dtype}, got {tensor.dtype}"
+            )
+        _bind(sizes, name, tensor, notation.lstrip("?").split())
+    return sizes
+
+
+def _bind(sizes: dict[str, int], name: str, tensor: torch.Tensor, letters: list[str]) -> None:
+    fits = tensor.dim() == len(letters)
+    if fits:
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            if letter.isdigit():
+                fits = fits and size == int(letter)
+            elif letter not in sizes:
+                sizes[letter] = size
+            else:
+                fits = fits and size == sizes[letter]
+    if not fits:
+        expected = ", ".join(letters)
+        known = [letter if letter.isdigit() else sizes.get(letter, letter) for letter in letters]
+        if all(letter.isdigit() or letter in sizes for letter in letters):
+            expected += "] = [" + ", ".join(str(size) for size in known)
+        raise ValueError(f"{name}: expected [{expected}], got {list(tensor.shape)}")
+
+
+def at_most(sizes: dict[str, int], **limits: int) -> None:
+    """Head sizes have limits: ``at_most(sizes, K=256, V=512)``."""
+    for letter, limit in limits.items():
+        if sizes[letter] > limit:
+            raise ValueError(f"{letter}: expected a head size up to {limit}, got {sizes[letter]}")
+
+
+def divides(sizes: dict[str, int], many: str, few: str) -> None:
+    """Grouped heads: ``divides(sizes, "HQ", "H")`` wants HQ to be a multiple of H."""
+    if sizes[many] % max(sizes[few], 1):
+        raise ValueError(
+            f"{many}: expected a multiple of {few} = {sizes[few]}, got {sizes[many]} heads"
+        )
+
+
+def number_of_sequences(q: torch.Tensor, cu_seqlens: Any, cu_seqlens_cpu: Any = None) -> int:
+    """N, from shapes alone: the batch, or the packed sequences, which want a batch of one."""
+    if cu_seqlens is None:
+        if cu_seqlens_cpu is not None:
+            raise ValueError("cu_seqlens_cpu: expected None without cu_seqlens, got a tensor")
+        return q.shape[0]
+    for name, bounds in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):
+        if bounds is None:
+            continue
+        if not isinstance(bounds, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(bounds).__name__}")
+        if bounds.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: expected torch.int32 or torch.int64, got {bounds.dtype}")
+        if bounds.dim() != 1 or bounds.shape[0] < 1:
+            raise ValueError(f"{name}: expected [N + 1], got {list(bounds.shape)}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(
+            f"cu_seqlens: expected the device of q, {q.device}, got {cu_seqlens.device}"
+        )
+    if cu_seqlens_cpu is not None and cu_seqlens_cpu.device.type != "cpu":
+        raise ValueError(f"cu_seqlens_cpu: expected the device cpu, got {cu_seqlens_cpu.device}")
+    if cu_seqlens_cpu is not None and cu_seqlens_cpu.shape != cu_seqlens.shape:
+        raise ValueError(
+            f"cu_seqlens_cpu: expected {list(cu_seqlens.shape)}, got {list(cu_seqlens_cpu.shape)}"
+        )
+    if q.shape[0] != 1:
+        raise ValueError(f"q: expected a batch of 1 with cu_seqlens, got {q.shape[0]}")
+    return cu_seqlens.shape[0] - 1
+
+
+def boundaries(
+    cu_seqlens: torch.Tensor | None, cu_seqlens_cpu: torch.Tensor | None, tokens: int
+) -> None:
+    """Check the values of the boundaries where they lie on the host; devices are never asked."""
+    if cu_seqlens is None:
+        return
+    on_cpu = cu_seqlens.device.type == "cpu"
+    host = cu_seqlens if on_cpu else cu_seqlens_cpu
+    if host is None:
+        return
+    values = host.tolist()
+    if values[0] != 0:
+        raise ValueError(f"cu_seqlens: expected to start at 0, got {values[0]}")
+    for before, after in itertools.pairwise(values):
+        if after < before:
+            raise ValueError(f"cu_seqlens: expected not to decrease, got {after} after {before}")
+    if values[-1] > tokens or (on_cpu and values[-1] != tokens):
+        raise ValueError(f"cu_seqlens: expected to end at T = {tokens}, got {values[-1]}")
+    if on_cpu and cu_seqlens_cpu is not None and values != cu_seqlens_cpu.tolist():
+        raise ValueError("cu_seqlens_cpu: expected the values of cu_seqlens, got others")
+
+
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        listed = ", ".join(str(item) for item in allowed)
+        raise ValueError(f"{name}: expected one of {listed}, got {value}")
+
+
+def state_layout(state_v_first: bool, transpose_state_layout: bool | None) -> bool:
+    """``transpose_state_layout`` is the old name of ``state_v_first``."""
+    if transpose_state_layout is None:
+        return bool(state_v_first)
+    if state_v_first:
+        raise ValueError(
+            "transpose_state_layout: expected None beside state_v_first, its new name, "
+            f"got {transpose_state_layout}"
+        )
+    warnings.warn(
+        "transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=4
+    )
+    return bool(transpose_state_layout)

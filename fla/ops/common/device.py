@@ -1,0 +1,47 @@
+"""What a machine can do, asked only when a tensor that lives there comes in."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+MINIMUM_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """The installed Triton's version, without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def lacks_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel can take tensors of this device and dtype; None when one can."""
+    if device.type != "cuda":
+        return f"kernels run on CUDA tensors, these are on {device.type}"
+    if triton_version() is None:
+        return "Triton is not installed"
+    if capability(device) < MINIMUM_CAPABILITY:
+        major, minor = capability(device)
+        return f"kernels need sm_80 or newer, this GPU is sm_{major}{minor}"
+    if dtype == torch.float64:
+        return "kernels take fp32, fp16 and bf16, these tensors are fp64"
+    return None
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and states are held in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,97 @@
+"""The only place that chooses an implementation, and that can say why.
+
+An engine lists its implementations best first; each says what it cannot do.  The first one without
+an objection runs.  ``use`` forces one, for tests and benchmarks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+
+from fla.ops.common.device import lacks_triton
+
+# Names given to ``use``, innermost last.  For all threads: autograd runs backwards in its own.
+_forced: list[str] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What an implementation may object to: where the tensors are, what they hold, the options."""
+
+    device: torch.device
+    dtype: torch.dtype
+    K: int
+    V: int
+    options: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """A named module of stages; ``refuses`` says why it cannot take a problem, or None."""
+
+    name: str
+    module: str
+    refuses: Callable[[Problem], str | None] = lambda problem: None
+
+    def load(self) -> ModuleType:
+        return importlib.import_module(self.module)
+
+
+class Engine:
+    """Implementations of one operator, best first; the last one takes everything."""
+
+    registry: ClassVar[dict[str, Engine]] = {}
+
+    def __init__(self, name: str, *implementations: Implementation):
+        self.name, self.implementations = name, implementations
+        self._warned: set[str] = set()
+        Engine.registry[name] = self
+
+    def explain(self, problem: Problem) -> list[tuple[str, str | None]]:
+        """Every implementation with its objection, None where it has none."""
+        return [(each.name, each.refuses(problem)) for each in self.implementations]
+
+    def choose(self, problem: Problem) -> Any:
+        """The module to call."""
+        if _forced:
+            return self._named(_forced[-1], problem)
+        for each in self.implementations:
+            if each.refuses(problem) is None:
+                if each.name == "eager" and problem.device.type != "cpu":
+                    self._warn(problem)
+                return each.load()
+        raise RuntimeError(f"{self.name}: no implementation takes {problem}")
+
+    def _named(self, name: str, problem: Problem) -> ModuleType:
+        for each in self.implementations:
+            if each.name == name:
+                reason = each.refuses(problem)
+                if reason is not None:
+                    raise RuntimeError(f"{self.name}: {name} cannot run here: {reason}")
+                return each.load()
+        names = ", ".join(each.name for each in self.implementations)
+        raise ValueError(f"{self.name}: expected one of {names}, got {name}")
+
+    def _warn(self, problem: Problem) -> None:
+        reason = lacks_triton(problem.device, problem.dtype) or "no kernel takes this call"
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"{self.name} runs in plain PyTorch: {reason}", stacklevel=2)
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Inside, every engine runs its implementation ``name`` or says why it cannot."""
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()

@@ -1,0 +1,215 @@
+"""The linear engine: one memory with a scalar decay per head, and its optional normaliser.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_tᵀ        o_t = scale q_tᵀ S_t
+
+Every function of simple_gla, linear_attn and lightning_attn is a face over ``linear_engine``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fla.ops.common import contract
+from fla.ops.common.boundary import absent, differentiable, operator
+from fla.ops.common.device import accumulator
+from fla.ops.common.dispatch import Engine, Implementation, Problem
+from fla.ops.simple_gla import eager
+
+CHUNK_SIZES = (16, 32, 64, 128)
+HEAD_LIMITS = {"K": 512, "V": 512}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a call wants beside its tensors; ``chunk_size`` 0 lets the implementation choose."""
+
+    scale: float
+    chunk_size: int = 0
+    reverse: bool = False
+    normalize: bool = False
+    state_v_first: bool = False
+    output_final_state: bool = False
+
+
+ENGINE = Engine("linear", Implementation("eager", "fla.ops.simple_gla.eager"))
+
+
+def linear_engine(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    initial_z: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    normalize: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Check the arguments and run: o, the final state and the final z."""
+    check(q, k, v, g, g_gamma, initial_state, initial_z, state_v_first, cu_seqlens, cu_seqlens_cpu)
+    if chunk_size is not None:
+        contract.one_of("chunk_size", chunk_size, CHUNK_SIZES)
+    o, state, z, _ = _forward(
+        q,
+        k,
+        v,
+        g,
+        g_gamma,
+        initial_state,
+        initial_z,
+        cu_seqlens,
+        cu_seqlens_cpu,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        chunk_size or 0,
+        reverse,
+        normalize,
+        state_v_first,
+        output_final_state,
+    )
+    if not output_final_state:
+        return o, None, None
+    return o, state, z if normalize else None
+
+
+def check(
+    q,
+    k,
+    v,
+    g=None,
+    g_gamma=None,
+    initial_state=None,
+    initial_z=None,
+    state_v_first=False,
+    cu_seqlens=None,
+    cu_seqlens_cpu=None,
+) -> None:
+    """The shapes, dtypes and devices that the engine takes."""
+    sizes = contract.operands(
+        q=(q, "B T H K"),
+        k=(k, "B T H K"),
+        v=(v, "B T H V"),
+        g=(g, "?B T H"),
+        g_gamma=(g_gamma, "?H"),
+    )
+    contract.at_most(sizes, **HEAD_LIMITS)
+    if g is not None and g_gamma is not None:
+        raise ValueError("g_gamma: expected None beside g, got a tensor; only one decay can hold")
+    sizes["N"] = contract.number_of_sequences(q, cu_seqlens, cu_seqlens_cpu)
+    contract.operands(
+        sizes,
+        q=(q, "B T H K"),
+        initial_state=(initial_state, "?N H V K" if state_v_first else "?N H K V"),
+        initial_z=(initial_z, "?N 1 H K"),
+    )
+
+
+def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float | None) -> Tensor:
+    """A_ij = scale q_i·k_j exp(G_i − G_j) for j ≤ i, [B, H, T, T], without a gradient."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _attention_map(q.detach(), k.detach(), None if g is None else g.detach(), scale)
+
+
+def _problem(q: Tensor, v: Tensor, options: Options) -> Problem:
+    return Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options)
+
+
+def _run_forward(
+    q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, cu_seqlens_cpu, *options
+):
+    contract.boundaries(cu_seqlens, cu_seqlens_cpu, q.shape[1])
+    options = Options(*options)
+    stages = ENGINE.choose(_problem(q, v, options))
+    return stages.forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options)
+
+
+def _run_backward(
+    q, do, dstate, dz, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, *options
+):
+    options = Options(*options)
+    stages = ENGINE.choose(_problem(q, v, options))
+    if do is None:
+        do = torch.zeros_like(o)
+    return stages.backward(
+        do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, options
+    )
+
+
+def _fake_forward(q, k, v, g, g_gamma, state, z, cu_seqlens, cu_seqlens_cpu, *options):
+    options = Options(*options)
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = accumulator(q.dtype)
+    final = final_z = norm = absent(q)
+    if options.output_final_state:
+        tail = (V, K) if options.state_v_first else (K, V)
+        final = q.new_empty(N, H, *tail, dtype=dtype)
+        if options.normalize:
+            final_z = q.new_empty(N, 1, H, K, dtype=dtype)
+    if options.normalize:
+        norm = q.new_empty(B, T, H, dtype=dtype)
+    return v.new_empty(v.shape), final, final_z, norm
+
+
+def _fake_backward(q, do, dstate, dz, k, v, g, g_gamma, state, z, cu_seqlens, o, norm, *options):
+    return tuple(
+        absent(q) if each is None else each.new_empty(each.shape) for each in (q, k, v, g, state, z)
+    )
+
+
+_OPTIONS = (
+    "float scale, int chunk_size, bool reverse, bool normalize, bool state_v_first, "
+    "bool output_final_state"
+)
+_forward = operator(
+    "linear_forward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, "
+    "Tensor? initial_state, Tensor? initial_z, Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, "
+    f"{_OPTIONS}) -> (Tensor o, Tensor state, Tensor z, Tensor norm)",
+    _run_forward,
+    _fake_forward,
+)
+_backward = operator(
+    "linear_backward(Tensor q, Tensor? do, Tensor? dstate, Tensor? dz, Tensor k, Tensor v, "
+    "Tensor? g, Tensor? g_gamma, Tensor? initial_state, Tensor? initial_z, Tensor? cu_seqlens, "
+    f"Tensor o, Tensor norm, {_OPTIONS}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dstate, Tensor dz)",
+    _run_backward,
+    _fake_backward,
+)
+_attention_map = operator(
+    "linear_attention_map(Tensor q, Tensor k, Tensor? g, float scale) -> Tensor",
+    eager.attention_map,
+    lambda q, k, g, scale: q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[1]),
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, g, g_gamma, state, z, cu_seqlens, _, *ctx.options = inputs
+    o, _, _, norm = output
+    ctx.save_for_backward(q, k, v, g, g_gamma, state, z, cu_seqlens, o, norm)
+    ctx.mark_non_differentiable(norm)
+
+
+def _gradients(ctx, do, dstate, dz, _):
+    q, k, v, g, g_gamma, state, z, cu_seqlens, o, norm = ctx.saved_tensors
+    dq, dk, dv, dg, dstate, dz = _backward(
+        q, do, dstate, dz, k, v, g, g_gamma, state, z, cu_seqlens, o, norm, *ctx.options
+    )
+    dg, dstate, dz = (
+        None if given is None else gradient
+        for given, gradient in ((g, dg), (state, dstate), (z, dz))
+    )
+    return dq, dk, dv, dg, None, dstate, dz, None, None, *[None] * len(ctx.options)
+
+
+differentiable(_forward, _backward, _save, _gradients)

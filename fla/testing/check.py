@@ -1,0 +1,110 @@
+"""``fla check``: every operator on this machine against the textbook in fp64."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+
+from fla.testing import compare
+from fla.testing.report import aligned, track
+from fla.testing.spec import OpSpec, Shape, all_specs
+
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of one operator."""
+
+    spec: OpSpec
+    device: str
+    dtype: str
+    shape: Shape
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.spec} ({self.variant}) {self.shape} {self.dtype} on {self.device}"
+
+    def errors(self) -> dict[str, tuple[float, float]]:
+        """The error of each output and gradient, and how large it may be."""
+        spec, dtype = self.spec, DTYPES[self.dtype]
+        arguments = spec.arguments(self.shape, self.variant, dtype)
+        expected = compare.expected_results(spec, arguments)
+        bounds = compare.bounds(spec, arguments, expected)
+        found = compare.errors(
+            spec, spec.arguments(self.shape, self.variant, dtype, self.device), expected
+        )
+        return {name: (found[name], bounds[name]) for name in expected}
+
+
+def cases() -> list[Case]:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [
+        Case(spec, device, dtype, shape, variant)
+        for spec in all_specs()
+        for device in devices
+        for dtype in DTYPES
+        for shape in _shapes(spec)
+        for variant in spec.variants
+    ]
+
+
+def _shapes(spec: OpSpec) -> Iterator[Shape]:
+    group = 2 if spec.grouped else 1
+    yield Shape(T=65, group=group)
+    if spec.packed:
+        yield Shape.packed(0, 37, 0, 64, 1, 0, group=group)
+
+
+def check() -> int:
+    """Run every operator on this machine; compare output and gradients with fp64."""
+    table: dict[tuple[str, ...], dict[str, tuple[float, float]]] = {}
+    failures = []
+    calls = cases()
+    for case in track(calls, lambda case: f"{case.spec} on {case.device}"):
+        package = case.spec.run.__module__.split(".")[2]
+        row = table.setdefault((package, case.spec.name, case.device, case.dtype), {})
+        try:
+            errors = case.errors()
+        except Exception as problem:  # the other operators are still to be checked
+            failures.append(f"{case}: {type(problem).__name__}: {problem}")
+            continue
+        for name, (error, bound) in errors.items():
+            if error > bound:
+                failures.append(f"{case}: {name} is off by {error:.1e}, expected {bound:.1e}")
+            column = re.sub(r"initial_|\[\d\]", "", name)
+            row[column] = max(row.get(column, (0.0, 1.0)), (error, bound), key=_share)
+    for package, rows in groupby(table.items(), key=lambda item: item[0][0]):
+        print(package, *aligned(_error_table(dict(rows))), "", sep="\n")
+    print("Relative errors against fp64, of each column the one nearest to its bound.")
+    print(*failures, f"{len(calls)} calls, {len(failures)} failures", sep="\n")
+    return 1 if failures else 0
+
+
+def _share(error_and_bound: tuple[float, float]) -> float:
+    return error_and_bound[0] / error_and_bound[1]
+
+
+def _error_table(
+    rows: dict[tuple[str, ...], dict[str, tuple[float, float]]],
+) -> Iterator[list[str]]:
+    """One line an operator, device and dtype; what is too large has a ``!``."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    columns.sort(key=lambda column: column.startswith("d"))  # gradients last
+    yield ["operator", "device", "dtype", *columns]
+    for (_, *labels), row in rows.items():
+        cells = []
+        for column in columns:
+            error, bound = row.get(column, (float("nan"), 1.0))
+            mark = "!" if error > bound else ""
+            cells.append(f"{error:.0e}{mark}" if column in row else "")
+        yield [*labels, *cells]

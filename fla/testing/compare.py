@@ -1,0 +1,96 @@
+"""How far a result is from fp64, and how far it may be."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from fla.ops.common import dispatch
+from fla.testing.spec import Arguments, OpSpec, gradients_of
+
+# 16-bit results may be this much worse than the simulation of ``bounds``.
+SLACK = 1.5
+FP64_BOUND = 1e-11
+# Inputs and cotangents have unit size; a result below this RMS is zero but for rounding.
+SMALLEST = 1e-3
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """RMS(found − expected) / RMS(expected); infinite where shapes differ or NaN appears."""
+    if found.shape != expected.shape:
+        return float("inf")
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    difference = (found - expected).norm().item()
+    if difference == 0:
+        return 0.0
+    error = difference / max(expected.norm().item(), SMALLEST * expected.numel() ** 0.5)
+    return error if error == error else float("inf")
+
+
+def named_results(
+    run: Callable[[Arguments], list[Tensor]], arguments: Arguments, names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Outputs ``o``, ``final[0]``, … and gradients ``dq``, … under one name each."""
+    results, gradients = gradients_of(run, arguments, names)
+    named = {"o" if i == 0 else f"final[{i - 1}]": result for i, result in enumerate(results)}
+    return named | {f"d{name}": gradient for name, gradient in gradients.items()}
+
+
+def expected_results(spec: OpSpec, arguments: Arguments) -> dict[str, Tensor]:
+    """Outputs and gradients of the textbook in fp64 on the same values."""
+    wide = spec.widened(arguments)
+    return named_results(spec.expected, wide, spec.gradients)
+
+
+def errors(spec: OpSpec, arguments: Arguments, expected: dict[str, Tensor]) -> dict[str, float]:
+    """The error of each output and gradient of the public function."""
+    found = named_results(spec.outputs, arguments, spec.gradients)
+    return {name: relative_error(found[name], expected[name]) for name in expected}
+
+
+def bounds(spec: OpSpec, arguments: Arguments, expected: dict[str, Tensor]) -> dict[str, float]:
+    """How large each error may be.
+
+    In fp64 and fp32 by a constant; in 16 bits by the error of whole-chunk PyTorch with every
+    product's operands rounded to 16 bits and fp32 sums.
+    """
+    dtype = arguments["q"].dtype
+    if dtype == torch.float64:
+        return dict.fromkeys(expected, FP64_BOUND)
+    if dtype == torch.float32:
+        return dict.fromkeys(expected, spec.fp32_bound)
+    with dispatch.use("eager"), rounded_products(dtype):
+        simulated = named_results(spec.outputs, arguments, spec.gradients)
+    return {
+        name: SLACK * max(relative_error(simulated[name], expected[name]), spec.fp32_bound)
+        for name in expected
+    }
+
+
+@contextlib.contextmanager
+def rounded_products(dtype: torch.dtype) -> Iterator[None]:
+    """Round the operands of every matrix product to ``dtype``."""
+
+    def rounded(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(product)
+        def run(*operands, **more):
+            *summands, a, b = operands  # baddbmm has what it adds to in front
+            return product(*summands, a.to(dtype).to(a.dtype), b.to(dtype).to(b.dtype), **more)
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in (
+            (Tensor, "__matmul__"),
+            (Tensor, "matmul"),
+            (torch, "matmul"),
+            (torch, "bmm"),
+            (torch, "baddbmm"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, rounded(getattr(owner, name))))
+        yield

@@ -1,0 +1,36 @@
+"""What long runs print: progress on stderr, aligned tables of text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+_BAR = 30
+
+
+def track(items: Sequence[Item], label: Callable[[Item], str]) -> Iterator[Item]:
+    """The items one by one; a bar on a terminal, elsewhere a line for each new label."""
+    terminal, shown = sys.stderr.isatty(), None
+    for done, item in enumerate(items):
+        text = label(item)
+        if terminal:
+            bar = "█" * (_BAR * done // len(items))
+            line = f"{bar:░<{_BAR}} {done}/{len(items)} {text}"
+            print(f"\r{line:<100.100}", end="", file=sys.stderr, flush=True)
+        elif text != shown:
+            print(f"{done + 1}/{len(items)} {text}", file=sys.stderr, flush=True)
+        shown = text
+        yield item
+    if terminal:
+        print(f"\r{'':<100}\r", end="", file=sys.stderr, flush=True)
+
+
+def aligned(rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines in which the columns of all rows stand under each other."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        yield "  ".join(cells).rstrip()

@@ -1,0 +1,174 @@
+"""The plan of the house: who may import whom, and what an import may cost."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fla
+
+ROOT = Path(fla.__file__).parent
+ENGINES = {"simple_gla", "attn", "kda"}
+FACES = {
+    "chunk.py",
+    "fused_chunk.py",
+    "fused_recurrent.py",
+    "parallel.py",
+    "decoding.py",
+    "gate.py",
+}
+OUTSIDE = {"torch", "triton", "typing", "collections"}
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def starting(names: set[str], *prefixes: str) -> set[str]:
+    return {name for name in names if name.startswith(prefixes)}
+
+
+def test_the_hall_imports_no_operator():
+    for path in (ROOT / "ops" / "common").glob("*.py"):
+        fla_imports = starting(imports(path), "fla.")
+        assert fla_imports == starting(fla_imports, "fla.ops.common"), path
+
+
+def test_textbooks_import_torch_only():
+    for path in (ROOT / "ops").rglob("naive.py"):
+        names = {name.split(".")[0] for name in imports(path)} - {"__future__"}
+        assert names <= {"torch", "typing", "collections"} or _face_of(path), (path, names)
+
+
+def _face_of(path: Path) -> bool:
+    """The textbook of a thin face may lean on that of its engine."""
+    return path.parent.name not in ENGINES and not (
+        starting(imports(path), "fla.") - starting(imports(path), "fla.ops.attn.naive")
+    )
+
+
+def test_kernels_never_import_faces():
+    for path in modules():
+        if starting(imports(path), "triton"):
+            imported = starting(imports(path), "fla.ops")
+            faces = {name for name in imported if f"{name.split('.')[-2]}.py" in FACES}
+            assert path.name in FACES or not faces, path
+
+
+def test_thin_faces_import_the_engines_public_functions():
+    for package in ("linear_attn", "lightning_attn", "forgetting_attn"):
+        for path in (ROOT / "ops" / package).glob("*.py"):
+            engines = tuple(f"fla.ops.{engine}" for engine in ENGINES)
+            for name in starting(imports(path), *engines):
+                assert not name.split(".")[-1].startswith("_"), (path, name)
+                assert not name.split(".")[-2].startswith("eager"), (path, name)
+
+
+def test_textbooks_come_without_triton():
+    triton_free = [path for path in modules() if path.name in {"engine.py", "eager.py", "naive.py"}]
+    assert triton_free
+    for path in triton_free:
+        assert not starting(imports(path), "triton"), path
+
+
+def names_of_modules() -> list[str]:
+    paths = [path for path in modules() if not starting(imports(path), "triton")]
+    relative = (path.relative_to(ROOT.parent).with_suffix("") for path in paths)
+    return sorted(".".join(path.parts).removesuffix(".__init__") for path in relative)
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_everything_imports_without_triton_and_asks_no_device():
+    """Also in a process where a query of CUDA would fail."""
+    imported = "\n".join(f"importlib.import_module({name!r})" for name in names_of_modules())
+    run(f"""
+import importlib, sys, torch
+sys.modules["triton"] = None
+def refuse(*_, **__): raise SystemExit("a device was asked for")
+torch.cuda._lazy_init = torch.cuda.device_count = torch.cuda.is_available = refuse
+{imported}
+""")
+
+
+def test_import_costs_little():
+    """Beyond torch's own time; the best of several, since the machine does other things too."""
+    code = """
+import time, torch
+start = time.perf_counter()
+import fla.ops
+print(time.perf_counter() - start)
+"""
+    assert min(float(run(code)) for _ in range(3)) < 0.3
+
+
+def test_there_is_a_version():
+    assert tuple(map(int, fla.__version__.split(".")[:2])) >= (1, 0)
+
+
+SIGNATURES = """
+fla.ops.simple_gla: chunk_simple_gla(q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False, state_v_first=False, cu_seqlens=None, cu_seqlens_cpu=None, chunk_size=None)
+fla.ops.simple_gla: fused_chunk_simple_gla(q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None)
+fla.ops.simple_gla: fused_recurrent_simple_gla(q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False, reverse=False, state_v_first=False, cu_seqlens=None, *, transpose_state_layout=None)
+fla.ops.simple_gla: parallel_simple_gla(q, k, v, g=None, scale=None, output_attentions=False, cu_seqlens=None, cu_seqlens_cpu=None)
+fla.ops.simple_gla.naive: naive_recurrent_simple_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=True)
+fla.ops.simple_gla.naive: naive_chunk_simple_gla(q, k, v, g, initial_state=None, output_final_state=False, chunk_size=64, scale=None)
+fla.ops.simple_gla.naive: naive_parallel_simple_gla(q, k, v, g, scale=None)
+fla.ops.linear_attn: chunk_linear_attn(q, k, v, scale=None, initial_state=None, output_final_state=False, normalize=True, cu_seqlens=None)
+fla.ops.linear_attn: fused_chunk_linear_attn(q, k, v, scale=None, initial_state=None, output_final_state=False, normalize=True, cu_seqlens=None)
+fla.ops.linear_attn: fused_recurrent_linear_attn(q, k, v, scale=None, initial_state=None, output_final_state=False, reverse=False, normalize=False, cu_seqlens=None)
+fla.ops.linear_attn.naive: naive_recurrent_linear_attn(q, k, v, scale=None, initial_state=None, output_final_state=False, normalize=False)
+fla.ops.linear_attn.naive: naive_chunk_linear_attn(q, k, v, scale=None, normalize=False)
+fla.ops.linear_attn.utils: normalize_output(q, k, o)
+fla.ops.linear_attn.utils: normalize_with_z_state(o, q, k, scale, z_init, reverse, cu_seqlens)
+fla.ops.lightning_attn: chunk_lightning_attn(q, k, v, layer_idx, num_layers, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, chunk_size=None)
+fla.ops.lightning_attn: fused_recurrent_lightning_attn(q, k, v, layer_idx, num_layers, scale=None, initial_state=None, output_final_state=False, reverse=False, cu_seqlens=None)
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("line", SIGNATURES.strip().splitlines(), ids=lambda x: x.split("(")[0])
+def test_signatures(line):
+    """Names, order and defaults are what programs rely on."""
+    module, signature = line.split(": ")
+    name, _, parameters = signature.partition("(")
+    function = getattr(__import__(module, fromlist=[name]), name)
+    found = inspect.signature(function)
+    bare = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in found.parameters.values()
+    ]
+    assert str(inspect.Signature(bare)) == f"({parameters}"
+
+
+def test_ops_exports_every_operator():
+    named = [line.split(": ")[1].split("(")[0] for line in SIGNATURES.strip().splitlines()]
+    public = {
+        name
+        for line, name in zip(SIGNATURES.strip().splitlines(), named, strict=True)
+        if "naive" not in name and "utils" not in line
+    }
+    assert public <= set(fla.ops.__all__)
+    assert all(callable(getattr(fla.ops, name)) for name in fla.ops.__all__)
+    assert torch.ops.fla.linear_forward is not None

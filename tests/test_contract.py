@@ -1,0 +1,173 @@
+"""Bad input gives one clear error: the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from shapes import variants
+
+from fla import ops
+from fla.testing import Shape
+
+BOUNDS = "cu_seqlens"
+
+
+def every(*conditions):
+    found = variants(*conditions)
+    first = {spec.name: (spec, variant) for spec, variant in reversed(found)}
+    return pytest.mark.parametrize("spec, variant", first.values(), ids=first.keys())
+
+
+def refuses(spec, arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        spec.run(**arguments)
+
+
+@every()
+def test_shapes(spec, variant):
+    good = spec.arguments(Shape(T=6), variant)
+    v = good["v"]
+    refuses(spec, {**good, "v": v[0]}, ValueError, "v: expected [")
+    refuses(spec, {**good, "v": v[:, :5]}, ValueError, f"got {list(v[:, :5].shape)}")
+    refuses(spec, {**good, "k": good["k"][..., :3]}, ValueError, "k: expected [")
+
+
+@every()
+def test_types(spec, variant):
+    good = spec.arguments(Shape(T=6), variant, torch.float32)
+    refuses(spec, {**good, "q": None}, TypeError, "q: expected a tensor, got NoneType")
+    refuses(spec, {**good, "k": [1.0]}, TypeError, "k: expected a tensor, got list")
+    refuses(
+        spec,
+        {**good, "q": good["q"].long()},
+        TypeError,
+        "q: expected a floating point tensor, got torch.int64",
+    )
+    refuses(
+        spec,
+        {**good, "k": good["k"].half()},
+        TypeError,
+        "k: expected the dtype of q, torch.float32, got torch.float16",
+    )
+    refuses(
+        spec,
+        {**good, "v": good["v"].to("meta")},
+        ValueError,
+        "v: expected the device of q, cpu, got meta",
+    )
+
+
+@every()
+def test_unknown_keywords(spec, variant):
+    good = spec.arguments(Shape(T=6), variant)
+    refuses(spec, {**good, "banana": 1}, TypeError, "banana: ")
+    refuses(
+        spec,
+        {**good, "head_first": True},
+        TypeError,
+        "no such argument: tensors are always [B, T, H, D]; pass x.transpose(1, 2)",
+    )
+
+
+@every(lambda spec: spec.packed)
+def test_boundaries(spec, variant):
+    good = spec.arguments(Shape.packed(2, 4), variant)
+    for values, message in (
+        ([1, 2, 6], "cu_seqlens: expected to start at 0, got 1"),
+        ([0, 7, 6], "cu_seqlens: expected not to decrease, got 6 after 7"),
+        ([0, 2, 7], "cu_seqlens: expected to end at T = 6, got 7"),
+        ([0, 2, 5], "cu_seqlens: expected to end at T = 6, got 5"),
+    ):
+        refuses(spec, {**good, BOUNDS: torch.tensor(values)}, ValueError, message)
+    refuses(
+        spec,
+        {**good, BOUNDS: torch.tensor([0.0, 6.0])},
+        TypeError,
+        "cu_seqlens: expected torch.int32 or torch.int64, got torch.float32",
+    )
+    refuses(spec, {**good, BOUNDS: [0, 6]}, TypeError, "cu_seqlens: expected a tensor, got list")
+    refuses(
+        spec,
+        {**good, BOUNDS: torch.tensor([[0, 6]])},
+        ValueError,
+        "cu_seqlens: expected [N + 1], got [1, 2]",
+    )
+    dense = spec.arguments(Shape(T=6, B=2), variant)
+    refuses(
+        spec,
+        {**dense, BOUNDS: torch.tensor([0, 2, 6])},
+        ValueError,
+        "q: expected a batch of 1 with cu_seqlens, got 2",
+    )
+
+
+@pytest.fixture
+def qkv():
+    return dict(zip("qkv", torch.randn(3, 2, 6, 2, 4), strict=True))
+
+
+def test_gates_exclude_each_other(qkv):
+    g = torch.zeros(2, 6, 2)
+    with pytest.raises(ValueError, match="g_gamma: expected None beside g"):
+        ops.chunk_simple_gla(**qkv, g=g, g_gamma=torch.zeros(2))
+    with pytest.raises(
+        ValueError, match=re.escape("g: expected [B, T, H] = [2, 6, 2], got [2, 6]")
+    ):
+        ops.chunk_simple_gla(**qkv, g=g[..., 0])
+
+
+def test_chunk_size(qkv):
+    for call in (ops.chunk_simple_gla, ops.chunk_lightning_attn):
+        more = {"layer_idx": 0, "num_layers": 2} if "lightning" in call.__name__ else {}
+        with pytest.raises(ValueError, match="chunk_size: expected one of 16, 32, 64, 128, got 48"):
+            call(**qkv, **more, chunk_size=48)
+
+
+def test_head_sizes(qkv):
+    wide = torch.randn(1, 2, 1, 513)
+    with pytest.raises(ValueError, match="K: expected a head size up to 512, got 513"):
+        ops.chunk_simple_gla(wide, wide, wide[..., :4])
+    with pytest.raises(ValueError, match="V: expected a head size up to 512, got 513"):
+        ops.chunk_linear_attn(wide[..., :4], wide[..., :4], wide)
+
+
+def test_states(qkv):
+    state = torch.zeros(3, 2, 4, 4)
+    expected = "initial_state: expected [N, H, K, V] = [2, 2, 4, 4], got [3, 2, 4, 4]"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        ops.chunk_simple_gla(**qkv, initial_state=state)
+    with pytest.raises(TypeError, match="initial_state: expected a tensor without normalize"):
+        ops.chunk_linear_attn(**qkv, initial_state=(state[:2], state), normalize=False)
+    with pytest.raises(ValueError, match=re.escape("initial_z: expected [N, 1, H, K]")):
+        ops.chunk_linear_attn(**qkv, initial_state=(state[:2], state))
+
+
+def test_state_layout_has_one_name(qkv):
+    with pytest.raises(ValueError, match="transpose_state_layout: expected None"):
+        ops.fused_recurrent_simple_gla(**qkv, state_v_first=True, transpose_state_layout=True)
+    with pytest.warns(DeprecationWarning, match="state_v_first"):
+        o, _ = ops.fused_recurrent_simple_gla(**qkv, transpose_state_layout=True)
+    assert torch.equal(o, ops.fused_recurrent_simple_gla(**qkv, state_v_first=True)[0])
+
+
+def test_the_map_is_not_offered_for_packed_sequences(qkv):
+    with pytest.raises(ValueError, match="output_attentions: expected False with cu_seqlens"):
+        packed = {name: x[:1] for name, x in qkv.items()}
+        ops.parallel_simple_gla(**packed, output_attentions=True, cu_seqlens=torch.tensor([0, 6]))
+
+
+def test_layers(qkv):
+    with pytest.raises(ValueError, match="layer_idx: expected 0 <= layer_idx <= num_layers = 4"):
+        ops.chunk_lightning_attn(**qkv, layer_idx=5, num_layers=4)
+
+
+def test_host_copies(qkv):
+    packed = {name: x[:1] for name, x in qkv.items()}
+    bounds = torch.tensor([0, 2, 6])
+    ops.chunk_simple_gla(**packed, cu_seqlens=bounds, cu_seqlens_cpu=bounds)
+    with pytest.raises(ValueError, match="cu_seqlens_cpu: expected the values of cu_seqlens"):
+        ops.chunk_simple_gla(**packed, cu_seqlens=bounds, cu_seqlens_cpu=torch.tensor([0, 3, 6]))
+    with pytest.raises(ValueError, match="cu_seqlens_cpu: expected None without cu_seqlens"):
+        ops.chunk_simple_gla(**packed, cu_seqlens_cpu=bounds)

@@ -1,0 +1,116 @@
+"""Operators inside PyTorch: compiled, under autocast, without gradients, checkpointed."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch._dynamo.testing
+from shapes import variants
+from torch.utils.checkpoint import checkpoint
+
+from fla.testing import Shape
+from fla.testing.compare import named_results, relative_error
+
+SHAPE = Shape(T=37)
+
+
+def every(*conditions):
+    """One variant of each operator that has gradients: the one with the most arguments."""
+    richest = {}
+    for spec, variant in variants(*conditions):
+        size = len(spec.arguments(SHAPE, variant))
+        if spec.gradients and size > richest.get(spec.name, (0,))[0]:
+            richest[spec.name] = (size, spec, variant)
+    cases = [(spec, variant) for _, spec, variant in richest.values()]
+    return pytest.mark.parametrize("spec, variant", cases, ids=[f"{c[0]}" for c in cases])
+
+
+def compare(spec, arguments, run, bound=1e-6):
+    expected = named_results(spec.outputs, arguments, spec.gradients)
+    found = named_results(run, arguments, spec.gradients)
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype, name
+        assert relative_error(found[name], expected[name]) <= bound, name
+
+
+def compiles_once(spec, variant, shapes):
+    """The graph of the first shape, forward and backward, serves all others."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(spec.outputs, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for shape in shapes:
+        compare(spec, spec.arguments(shape, variant, torch.float32), compiled)
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[0], counts
+
+
+@every()
+def test_compiles_once_for_20_lengths(spec, variant):
+    compiles_once(spec, variant, [Shape(T=T, B=3) for T in range(40, 60)])
+
+
+@every(lambda spec: spec.packed)
+def test_compiles_once_for_other_packings(spec, variant):
+    packings = ((40, 20, 31), (0, 50, 61), (44, 45, 46))
+    compiles_once(spec, variant, [Shape.packed(*lengths) for lengths in packings])
+
+
+@every()
+def test_autocast_changes_nothing(spec, variant):
+    def under_autocast(arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            return spec.outputs(arguments)
+
+    compare(spec, spec.arguments(SHAPE, variant, torch.float32), under_autocast, bound=0)
+
+
+@every()
+def test_without_gradients(spec, variant):
+    arguments = spec.arguments(SHAPE, variant, torch.float32)
+    expected = spec.outputs(arguments)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = spec.outputs(arguments)
+        assert not any(each.requires_grad for each in found)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@every()
+def test_activation_checkpointing(spec, variant):
+    run = functools.partial(checkpoint, spec.outputs, use_reentrant=False)
+    compare(spec, spec.arguments(SHAPE, variant, torch.float32), run, bound=0)
+
+
+@every()
+def test_some_gradients_alone(spec, variant):
+    """Asking for one gradient gives what asking for all gives."""
+    arguments = spec.arguments(SHAPE, variant, torch.float32)
+    together = named_results(spec.outputs, arguments, spec.gradients)
+    for name in spec.gradients:
+        alone = named_results(spec.outputs, arguments, (name,))
+        assert all(torch.equal(alone[each], together[each]) for each in alone)
+
+
+@every()
+def test_the_final_state_alone_has_gradients(spec, variant):
+    if not spec.state:
+        return
+    arguments = {**spec.arguments(SHAPE, variant), "output_final_state": True}
+    wide = {**arguments}
+    found = named_results(lambda a: spec.outputs(a)[1:], arguments, ("k", "v"))
+    expected = named_results(lambda a: spec.expected(a)[1:], wide, ("k", "v"))
+    for name in ("dk", "dv"):
+        assert relative_error(found[name], expected[name]) < 1e-11, name
+
+
+@every()
+def test_a_second_derivative_is_an_error(spec, variant):
+    arguments = spec.arguments(SHAPE, variant)
+    q = arguments["q"].requires_grad_()
+    o = spec.outputs(arguments)[0]
+    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        dq.sum().backward()
