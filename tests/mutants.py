@@ -34,6 +34,10 @@ class Mutant:
 
 SEQUENCES = "fla/ops/common/sequences.py"
 LINEAR = "fla/ops/simple_gla/eager.py"
+SOFTMAX = "fla/ops/attn/eager.py"
+DELTA = "fla/ops/kda/eager.py"
+KDA_TESTS = ("test_kda.py", "test_operators.py")
+ATTN_TESTS = ("test_attn.py", "test_operators.py")
 
 MUTANTS = [
     Mutant("scale dropped", LINEAR, "@ b_v) * options.scale", "@ b_v)"),
@@ -94,6 +98,97 @@ MUTANTS = [
         "return (g.cumsum(-1)[..., None] - g.cumsum(-1)[..., None, :]).tril(-1)",
         ("test_linear_engine.py",),
     ),
+    Mutant(
+        "sink left out of the lse",
+        SOFTMAX,
+        "lse = torch.logaddexp(lse, sink)",
+        "lse = lse + 0 * sink",
+        ATTN_TESTS,
+    ),
+    Mutant(
+        "window wider by one",
+        SOFTMAX,
+        "low = self.rows - (window - 1)",
+        "low = self.rows - window",
+        ATTN_TESTS,
+    ),
+    Mutant(
+        "gate's gradient shifted by a token",
+        SOFTMAX,
+        "dgate[block.lanes, :, block.first + 1 : block.stop] += sums.cumsum(-1)[..., :-1]",
+        "dgate[block.lanes, :, block.first : block.stop] += sums.cumsum(-1)",
+        ATTN_TESTS,
+    ),
+    Mutant(
+        "blocks skipped as if no gate could grow",
+        SOFTMAX,
+        "bound += self.rise[:, :, :at] + self.reach",
+        "bound += self.reach",
+        ATTN_TESTS,
+    ),
+    Mutant(
+        "scale on the gate forgotten in decoding",
+        "fla/ops/attn/engine.py",
+        "gate_scale = scale if do_gate_scale else 1.0",
+        "gate_scale = 1.0",
+        ATTN_TESTS,
+    ),
+    Mutant(
+        "keys decay to a boundary one block too early",
+        DELTA,
+        "rest += after[..., -1:, :]",
+        "rest += 0",
+        KDA_TESTS,
+    ),
+    Mutant(
+        "queries decay from a boundary one block too late",
+        DELTA,
+        "after += before[..., -1:, :]",
+        "after += 0",
+        KDA_TESTS,
+    ),
+    Mutant(
+        "beta's gradient through the doubling lost",
+        DELTA,
+        "dbeta = dbeta * 2 if walk.options.neg_eigval else dbeta",
+        "dbeta = dbeta * 1",
+        KDA_TESTS,
+    ),
+    Mutant(
+        "grouped heads' gradients not summed",
+        DELTA,
+        "each.unflatten(2, (walk.H, -1)).sum(3)",
+        "each.unflatten(2, (walk.H, -1))[:, :, :, 0]",
+        KDA_TESTS,
+    ),
+    Mutant(
+        "l2norm's gradient without its projection",
+        DELTA,
+        "(y * dy).sum(-1, keepdim=True), value=-1)",
+        "(y * dy).sum(-1, keepdim=True), value=0)",
+        KDA_TESTS,
+    ),
+    Mutant(
+        "A_log's gradient over the last run only",
+        DELTA,
+        "self.A_log += drate.sum((0, 1, 3, 4))",
+        "self.A_log = drate.sum((0, 1, 3, 4)).double()",
+        KDA_TESTS,
+    ),
+    Mutant(
+        "an overflow seen by earlier tokens",
+        DELTA,
+        "return (lower @ x.nan_to_num(0, 0, 0)).add_(overflowed)",
+        "return lower @ x",
+        KDA_TESTS,
+    ),
+    Mutant(
+        "rejected speculative token's state taken",
+        DELTA,
+        "accepted.long() - 1",
+        "accepted.long() * 0 + indices.shape[1] - 1",
+        KDA_TESTS,
+    ),
 ]
 
 
@@ -111,7 +206,7 @@ def killed(mutant: Mutant) -> bool:
         target.write_text(source.replace(mutant.before, mutant.after))
         tests = [f"tests/{name}" for name in mutant.tests]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *tests]
-        environment = {**os.environ, "PYTHONPATH": str(copy)}
+        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
         if result.returncode not in (0, 1):
             raise SystemExit(f"{mutant.name}: the suite did not run\n{result.stdout[-2000:]}")

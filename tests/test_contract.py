@@ -25,7 +25,7 @@ def refuses(spec, arguments, error, message):
         spec.run(**arguments)
 
 
-@every()
+@every(lambda spec: spec.along_tokens)
 def test_shapes(spec, variant):
     good = spec.arguments(Shape(T=6), variant)
     v = good["v"]
@@ -34,7 +34,7 @@ def test_shapes(spec, variant):
     refuses(spec, {**good, "k": good["k"][..., :3]}, ValueError, "k: expected [")
 
 
-@every()
+@every(lambda spec: spec.along_tokens)
 def test_types(spec, variant):
     good = spec.arguments(Shape(T=6), variant, torch.float32)
     refuses(spec, {**good, "q": None}, TypeError, "q: expected a tensor, got NoneType")
@@ -59,7 +59,7 @@ def test_types(spec, variant):
     )
 
 
-@every()
+@every(lambda spec: spec.along_tokens)
 def test_unknown_keywords(spec, variant):
     good = spec.arguments(Shape(T=6), variant)
     refuses(spec, {**good, "banana": 1}, TypeError, "banana: ")
@@ -71,7 +71,7 @@ def test_unknown_keywords(spec, variant):
     )
 
 
-@every(lambda spec: spec.packed)
+@every(lambda spec: spec.packed and spec.along_tokens)
 def test_boundaries(spec, variant):
     good = spec.arguments(Shape.packed(2, 4), variant)
     for values, message in (

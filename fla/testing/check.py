@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -13,6 +12,7 @@ from fla.testing import compare
 from fla.testing.report import aligned, track
 from fla.testing.spec import OpSpec, Shape, all_specs
 
+Errors = dict[str, tuple[float, float]]  # of each output and gradient, and how large it may be
 DTYPES = {
     "fp64": torch.float64,
     "fp32": torch.float32,
@@ -34,16 +34,8 @@ class Case:
     def __str__(self) -> str:
         return f"{self.spec} ({self.variant}) {self.shape} {self.dtype} on {self.device}"
 
-    def errors(self) -> dict[str, tuple[float, float]]:
-        """The error of each output and gradient, and how large it may be."""
-        spec, dtype = self.spec, DTYPES[self.dtype]
-        arguments = spec.arguments(self.shape, self.variant, dtype)
-        expected = compare.expected_results(spec, arguments)
-        bounds = compare.bounds(spec, arguments, expected)
-        found = compare.errors(
-            spec, spec.arguments(self.shape, self.variant, dtype, self.device), expected
-        )
-        return {name: (found[name], bounds[name]) for name in expected}
+    def errors(self) -> Errors:
+        return compare.measure(self.spec, self.shape, self.variant, DTYPES[self.dtype], self.device)
 
 
 def cases() -> list[Case]:
@@ -60,19 +52,18 @@ def cases() -> list[Case]:
 
 def _shapes(spec: OpSpec) -> Iterator[Shape]:
     group = 2 if spec.grouped else 1
-    yield Shape(T=65, group=group)
+    yield Shape(T=70, K=33, V=20, group=group)
     if spec.packed:
-        yield Shape.packed(0, 37, 0, 64, 1, 0, group=group)
+        yield Shape.packed(0, 70, 0, 33, 1, 0, group=group)
 
 
 def check() -> int:
     """Run every operator on this machine; compare output and gradients with fp64."""
-    table: dict[tuple[str, ...], dict[str, tuple[float, float]]] = {}
+    table: dict[tuple[str, str, str], Errors] = {}
     failures = []
     calls = cases()
     for case in track(calls, lambda case: f"{case.spec} on {case.device}"):
-        package = case.spec.run.__module__.split(".")[2]
-        row = table.setdefault((package, case.spec.name, case.device, case.dtype), {})
+        row = table.setdefault((case.spec.name, case.device, case.dtype), {})
         try:
             errors = case.errors()
         except Exception as problem:  # the other operators are still to be checked
@@ -83,8 +74,8 @@ def check() -> int:
                 failures.append(f"{case}: {name} is off by {error:.1e}, expected {bound:.1e}")
             column = re.sub(r"initial_|\[\d\]", "", name)
             row[column] = max(row.get(column, (0.0, 1.0)), (error, bound), key=_share)
-    for package, rows in groupby(table.items(), key=lambda item: item[0][0]):
-        print(package, *aligned(_error_table(dict(rows))), "", sep="\n")
+    for rows in _alike(table):
+        print(*aligned(_error_table(rows)), "", sep="\n")
     print("Relative errors against fp64, of each column the one nearest to its bound.")
     print(*failures, f"{len(calls)} calls, {len(failures)} failures", sep="\n")
     return 1 if failures else 0
@@ -94,17 +85,25 @@ def _share(error_and_bound: tuple[float, float]) -> float:
     return error_and_bound[0] / error_and_bound[1]
 
 
-def _error_table(
-    rows: dict[tuple[str, ...], dict[str, tuple[float, float]]],
-) -> Iterator[list[str]]:
+def _alike(table: dict[tuple[str, str, str], Errors]) -> Iterable[dict[tuple[str, ...], Errors]]:
+    """The rows of operators that have the same columns."""
+    columns: dict[str, set[str]] = {}
+    for (name, *_), row in table.items():
+        columns.setdefault(name, set()).update(row)
+    groups: dict[frozenset[str], dict[tuple[str, ...], Errors]] = {}
+    for labels, row in table.items():
+        groups.setdefault(frozenset(columns[labels[0]]), {})[labels] = row
+    return groups.values()
+
+
+def _error_table(rows: dict[tuple[str, ...], Errors]) -> Iterator[list[str]]:
     """One line an operator, device and dtype; what is too large has a ``!``."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     columns.sort(key=lambda column: column.startswith("d"))  # gradients last
     yield ["operator", "device", "dtype", *columns]
-    for (_, *labels), row in rows.items():
-        cells = []
-        for column in columns:
-            error, bound = row.get(column, (float("nan"), 1.0))
-            mark = "!" if error > bound else ""
-            cells.append(f"{error:.0e}{mark}" if column in row else "")
-        yield [*labels, *cells]
+    for labels, row in rows.items():
+        yield [*labels, *(_cell(*row[column]) if column in row else "-" for column in columns)]
+
+
+def _cell(error: float, bound: float) -> str:
+    return f"{error:.0e}{'!' if error > bound else ''}"

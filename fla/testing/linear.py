@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from fla import ops
 from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
 from fla.ops.simple_gla.naive import naive_parallel_simple_gla, naive_recurrent_simple_gla
-from fla.testing.spec import Arguments, Draw, OpSpec, Shape
+from fla.testing.spec import Arguments, Draw, OpSpec, Shape, both
 
 LAYER = {"layer_idx": 1, "num_layers": 4}
 
@@ -63,18 +62,6 @@ def positive_qkv(shape: Shape, draw: Draw) -> Arguments:
     """Queries and keys for which the normaliser stays away from zero."""
     made = qkv(shape, draw)
     return {**made, "q": made["q"].abs() + 0.1, "k": made["k"].abs() + 0.1}
-
-
-def both(*makers: Any, **more: Any) -> Any:
-    """One variant of several."""
-
-    def make(shape: Shape, draw: Draw) -> Arguments:
-        made: Arguments = {}
-        for maker in makers:
-            made.update(maker(shape, draw))
-        return {**made, **more}
-
-    return make
 
 
 def _reference(

@@ -68,6 +68,7 @@ class OpSpec:
     packed: bool = True  # takes cu_seqlens
     state: bool = True  # takes initial_state and output_final_state
     grouped: bool = False  # heads may be grouped
+    along_tokens: bool = True  # takes q, k and v of the same tokens and returns one o for each
     fp32_bound: float = 1e-5  # of the error against fp64
     flops: Callable[[Shape], float] | None = None  # of a forward call
 
@@ -98,7 +99,7 @@ class OpSpec:
     def expected(self, arguments: Arguments) -> list[Tensor]:
         """What the textbook returns, packed sequences one by one."""
         arguments = dict(arguments)
-        bounds = arguments.pop("cu_seqlens", None)
+        bounds = arguments.pop("cu_seqlens", None) if self.along_tokens else None
         if bounds is None:
             return flatten(self.reference(**arguments))
         results = [
@@ -193,7 +194,20 @@ def one_sequence(arguments: Arguments, n: int, start: int, stop: int) -> Argumen
     return {name: cut(name, value) for name, value in arguments.items()}
 
 
-def all_specs() -> list[OpSpec]:
-    from fla.testing import linear
+def both(*makers: Callable[[Shape, Draw], Arguments], **more: Any) -> Any:
+    """A variant made of several."""
 
-    return [*linear.SPECS]
+    def make(shape: Shape, draw: Draw) -> Arguments:
+        made: Arguments = {}
+        for maker in makers:
+            made.update(maker(shape, draw))
+        return {**made, **more}
+
+    return make
+
+
+def all_specs() -> list[OpSpec]:
+    """Every spec, engine by engine."""
+    from fla.testing import delta, linear, softmax
+
+    return [*linear.SPECS, *softmax.SPECS, *delta.SPECS]

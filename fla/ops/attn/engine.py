@@ -1,0 +1,200 @@
+"""The softmax engine: causal attention with an optional gate, window and sink.
+
+    s_ij = scale q_i·k_j + (G_i − G_j)     i − window_size < j ≤ i
+    o_i  = Σ_j exp(s_ij) v_j / (Σ_j exp(s_ij) + exp(sink_bias))
+
+``parallel_attn`` and ``parallel_forgetting_attn`` are faces over ``softmax_engine``, and
+``attn_decoding_one_step`` is one over ``decoding_engine``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fla.ops.common import contract
+from fla.ops.common.boundary import absent, differentiable, operator
+from fla.ops.common.device import accumulator
+from fla.ops.common.dispatch import Engine, Implementation, Problem
+
+HEAD_LIMITS = {"K": 256, "V": 512}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a call wants beside its tensors; ``window_size`` None is no window."""
+
+    scale: float
+    window_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingOptions(Options):
+    """The same for decoding, and the factor on g."""
+
+    gate_scale: float = 1.0
+
+
+IMPLEMENTATIONS = (Implementation("eager", "fla.ops.attn.eager"),)
+ENGINE = Engine("softmax", *IMPLEMENTATIONS)
+DECODING = Engine("decoding", *IMPLEMENTATIONS)
+
+
+def softmax_engine(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor | None = None,
+    sink_bias: Tensor | None = None,
+    scale: float | None = None,
+    window_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Check the arguments and run: o [B, T, HQ, V]."""
+    sizes = contract.operands(
+        q=(q, "B T HQ K"),
+        k=(k, "B T H K"),
+        v=(v, "B T H V"),
+        g=(g, "?B T HQ"),
+        sink_bias=(sink_bias, "?HQ"),
+    )
+    check(sizes, window_size)
+    contract.number_of_sequences(q, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _forward(q, k, v, g, sink_bias, cu_seqlens, scale, window_size)[0]
+
+
+def decoding_engine(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor | None = None,
+    sink_bias: Tensor | None = None,
+    scale: float | None = None,
+    do_gate_scale: bool = False,
+    window_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Check the arguments and run one step: o [1, N, HQ, V], without a gradient."""
+    sizes = contract.operands(
+        q=(q, "1 N HQ K"),
+        k=(k, "1 T H K"),
+        v=(v, "1 T H V"),
+        g=(g, "?1 T HQ"),
+        sink_bias=(sink_bias, "?HQ"),
+    )
+    check(sizes, window_size)
+    N = 1 if cu_seqlens is None else contract.number_of_sequences(q, cu_seqlens)
+    if sizes["N"] != N:
+        raise ValueError(f"q: expected one query for each of {N} sequences, got {sizes['N']}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    gate_scale = scale if do_gate_scale else 1.0
+    tensors = (None if x is None else x.detach() for x in (q, k, v, g, sink_bias))
+    return _decoding(*tensors, cu_seqlens, scale, window_size, gate_scale)
+
+
+def check(sizes: dict[str, int], window_size: int | None) -> None:
+    """What both want of head sizes, heads and the window."""
+    contract.at_most(sizes, **HEAD_LIMITS)
+    contract.divides(sizes, "HQ", "H")
+    if window_size is not None and window_size < 0:
+        raise ValueError(f"window_size: expected None or at least 0, got {window_size}")
+
+
+def _nothing_to_see(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    """Every output and gradient is zero or empty; no implementation needs to know such calls."""
+    return options.window_size == 0 or not (q.numel() and k.numel() and v.numel())
+
+
+def _problem(q: Tensor, v: Tensor, options: Options) -> Problem:
+    return Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options)
+
+
+def _run_forward(q, k, v, g, sink_bias, cu_seqlens, *options):
+    contract.boundaries(cu_seqlens, None, q.shape[1])
+    options = Options(*options)
+    if _nothing_to_see(q, k, v, options):
+        return tuple(x.zero_() for x in _fake_forward(q, k, v))
+    stages = ENGINE.choose(_problem(q, v, options))
+    return stages.forward(q, k, v, g, sink_bias, cu_seqlens, options)
+
+
+def _run_backward(q, do, k, v, g, sink_bias, cu_seqlens, o, lse, *options):
+    options = Options(*options)
+    if _nothing_to_see(q, k, v, options):
+        return tuple(x.zero_() for x in _fake_backward(q, do, k, v, g, sink_bias))
+    stages = ENGINE.choose(_problem(q, v, options))
+    return stages.backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options)
+
+
+def _run_decoding(q, k, v, g, sink_bias, cu_seqlens, *options):
+    contract.boundaries(cu_seqlens, None, k.shape[1])
+    options = DecodingOptions(*options)
+    if _nothing_to_see(q, k, v, options):
+        return _fake_decoding(q, k, v).zero_()
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(2, device=q.device) * k.shape[1]
+    stages = DECODING.choose(_problem(q, v, options))
+    return stages.decode(q, k, v, g, sink_bias, cu_seqlens, options)
+
+
+def _fake_forward(q, k, v, *_):
+    B, T, HQ, _ = q.shape
+    return (
+        q.new_empty(B, T, HQ, v.shape[-1]),
+        q.new_empty(B, HQ, T, dtype=accumulator(q.dtype)),
+    )
+
+
+def _fake_backward(q, do, k, v, g, sink_bias, *_):
+    return tuple(
+        absent(q) if each is None else each.new_empty(each.shape)
+        for each in (q, k, v, g, sink_bias)
+    )
+
+
+def _fake_decoding(q, k, v, *_):
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+_OPERANDS = "Tensor k, Tensor v, Tensor? g, Tensor? sink_bias, Tensor? cu_seqlens"
+_OPTIONS = "float scale, int? window_size"
+_forward = operator(
+    f"softmax_forward(Tensor q, {_OPERANDS}, {_OPTIONS}) -> (Tensor o, Tensor lse)",
+    _run_forward,
+    _fake_forward,
+)
+_backward = operator(
+    f"softmax_backward(Tensor q, Tensor do, {_OPERANDS}, Tensor o, Tensor lse, {_OPTIONS}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dsink)",
+    _run_backward,
+    _fake_backward,
+)
+_decoding = operator(
+    f"decoding(Tensor q, {_OPERANDS}, {_OPTIONS}, float gate_scale) -> Tensor",
+    _run_decoding,
+    _fake_decoding,
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, ctx.window_size = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, do, _):
+    q, k, v, g, sink_bias, cu_seqlens, o, lse = ctx.saved_tensors
+    dq, dk, dv, dg, dsink = _backward(
+        q, do, k, v, g, sink_bias, cu_seqlens, o, lse, ctx.scale, ctx.window_size
+    )
+    dg = None if g is None else dg
+    dsink = None if sink_bias is None else dsink
+    return dq, dk, dv, dg, dsink, None, None, None
+
+
+differentiable(_forward, _backward, _save, _gradients)

@@ -1,0 +1,559 @@
+"""What is particular to the softmax engine: any gate, windows, sinks, decoding."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fla.ops.attn import attn_decoding_one_step, eager, naive_parallel_attn, parallel_attn
+from fla.ops.attn.engine import Options
+from fla.ops.attn.naive import naive_attn_decoding
+from fla.ops.forgetting_attn import naive_forgetting_attn, parallel_forgetting_attn
+from fla.testing.compare import relative_error
+
+
+def operands(T, B=1, H=2, G=2, K=16, V=24, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(T)
+    sizes = {"q": (H * G, K), "k": (H, K), "v": (H, V)}
+    made = {
+        name: torch.randn(B, T, *size, generator=generator, dtype=torch.float64).to(dtype)
+        for name, size in sizes.items()
+    }
+    gates = torch.randn(B, T, H * G, generator=generator, dtype=torch.float64)
+    sink = torch.randn(H * G, generator=generator, dtype=torch.float64)
+    return made, gates, sink
+
+
+def results(run, arguments):
+    """The output and the gradient of every floating-point argument under a fixed cotangent."""
+    leaves = {
+        name: value.detach().requires_grad_()
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    o = run(**{**arguments, **leaves})
+    cotangent = torch.randn(o.shape, generator=torch.Generator().manual_seed(0)).to(o)
+    found = torch.autograd.grad(o, list(leaves.values()), cotangent)
+    return {"o": o.detach()} | {f"d{n}": g for n, g in zip(leaves, found, strict=True)}
+
+
+def textbook(q, k, v, g=None, scale=None, window_size=None, sink_bias=None):
+    return naive_parallel_attn(q, k, v, scale, window_size, g=g, sink_bias=sink_bias)[0]
+
+
+def widened(arguments):
+    return {
+        name: value.double() if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
+def agree(arguments, bound, run=parallel_attn, reference=textbook):
+    found, expected = results(run, arguments), results(reference, widened(arguments))
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) <= bound, errors
+
+
+@pytest.fixture(params=["host", "device"])
+def place(request, monkeypatch):
+    """On a device no value may be asked for; the code for that runs on the CPU as well."""
+    if request.param == "device":
+        monkeypatch.setattr(eager, "_on_host", lambda x: False)
+    return request.param
+
+
+# Gates
+
+
+STEEP = [-1e4, -1e7, -torch.inf, torch.finfo(torch.float32).min]
+
+
+@pytest.mark.parametrize("steepest", STEEP)
+def test_steep_gates_beside_gentle_ones(steepest, place):
+    tensors, draws, _ = operands(300, dtype=torch.float32)
+    g = torch.where(draws > 1.5, steepest, -0.01 * draws.abs()).float()
+    agree({**tensors, "g": g}, 1e-5)
+    # in fp64 what a block adds up still costs some digits
+    bound = 1e-11 if steepest == -1e4 else 1e-8
+    agree(widened({**tensors, "g": g}), bound)
+
+
+def test_a_gate_of_minus_infinity_begins_a_sequence(place):
+    bounds = torch.tensor([0, 3, 130, 131, 260, 400])
+    tensors, draws, _ = operands(400)
+    gentle = logsigmoid(draws + 3)
+    cut = gentle.clone()
+    cut[:, bounds[1:-1]] = -torch.inf
+    packed = results(parallel_attn, {**tensors, "g": gentle, "cu_seqlens": bounds})
+    gated = results(parallel_attn, {**tensors, "g": cut})
+    for name in packed:
+        torch.testing.assert_close(gated[name], packed[name], rtol=1e-9, atol=1e-9)
+
+
+def test_a_burst_of_growth_brings_old_keys_back(place):
+    """A gate may be positive: what lies far behind may weigh most."""
+    tensors, draws, sink = operands(1500, H=1, G=1, dtype=torch.float32)
+    g = -0.05 - 0.01 * draws.abs().float()
+    g[:, 700] = 55.0
+    agree({**tensors, "g": g, "sink_bias": sink}, 1e-5)
+
+
+def test_growth_inside_a_block_that_nothing_before_reaches(place):
+    tensors, _, _ = operands(1000, H=1, G=1)
+    g = torch.full((1, 1000, 1), -0.5, dtype=torch.float64)
+    g[:, 256] = -1e4
+    g[:, 300] = 330.0
+    agree({**tensors, "g": g}, 1e-11)
+
+
+def test_growth_throughout(place):
+    tensors, draws, _ = operands(500, dtype=torch.float32)
+    agree({**tensors, "g": (0.1 * draws + 0.05).float()}, 1e-5)
+
+
+def gates_of_32768():
+    T = 32768
+    draws = torch.randn(1, T, 1, generator=torch.Generator().manual_seed(1))
+    return {
+        "logsigmoid": logsigmoid(draws + 4),
+        "constant": torch.full((1, T, 1), -0.05),
+        "steep ones": torch.where(draws > 2, -1e4, -0.05),
+        "both signs": 0.3 * draws - 0.05,
+    }
+
+
+@pytest.mark.parametrize("gate", gates_of_32768())
+def test_near_weights_at_32768_tokens(gate):
+    """In fp32 right to 1e-6: no sum of gates is the difference of two long ones."""
+    g = gates_of_32768()[gate]
+    T, near = g.shape[1], 64
+    generator = torch.Generator().manual_seed(2)
+    q, k = (torch.randn(1, T, 1, 16, generator=generator) / 2 for _ in "qk")
+    v = torch.zeros(1, T, 1, near)
+    v[0, -near:, 0] = torch.eye(near)  # the last row's output is its weights
+    v.requires_grad_()
+    o = parallel_attn(q, k, v, g)
+    (dv,) = torch.autograd.grad(o[0, -1, 0, 0], v)  # and this one's gradient too
+
+    later = g[0, 1:, 0].double().flip(0).cumsum(0).flip(0)  # from near to far
+    s = k[0, :, 0].double() @ q[0, -1, 0].double() / 4 + torch.cat([later, later.new_zeros(1)])
+    expected = s.softmax(0)[-near:]
+    seen = expected > 1e-30
+    assert seen.sum() >= 16
+    for found in (o[0, -1, 0], dv[0, -near:, 0, 0]):
+        assert ((found - expected) / expected)[seen].abs().max() < 1e-6
+
+
+def pairs_met(arguments, options):
+    walk = eager._Walk(
+        arguments["q"], arguments["k"], arguments["v"], arguments["g"], None, options
+    )
+    own = (walk.q * walk.k[:, None]).sum(-1)
+    return sum(math.prod(block.sizes) for block in walk.blocks(own))
+
+
+def test_forgotten_blocks_are_not_met():
+    T = 4096
+    tensors, draws, _ = operands(T, H=1, G=1, dtype=torch.float32)
+    options = Options(tensors["q"].shape[-1] ** -0.5)
+    remembers = pairs_met({**tensors, "g": 0 * draws}, options)
+    forgets = pairs_met({**tensors, "g": draws * 0 - 0.2}, options)
+    assert remembers > T * T / 2
+    assert forgets < T * T / 8
+
+
+def test_skipping_changes_nothing(monkeypatch):
+    """Blocks that are left out do not show in the result."""
+    tensors, draws, sink = operands(2000, H=1, dtype=torch.float32)
+    arguments = {**tensors, "g": logsigmoid(draws + 2).float(), "sink_bias": sink.float()}
+    skipped = results(parallel_attn, arguments)
+    monkeypatch.setattr(eager, "_on_host", lambda x: False)
+    whole = results(parallel_attn, arguments)
+    for name in whole:
+        assert relative_error(skipped[name], whole[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("decay", [-0.02, -0.05, -0.1, -0.3])
+def test_skipping_loses_less_than_rounding(decay, monkeypatch):
+    """Where the bounds are as tight as they can be, and the values left out very large."""
+    T, large = 2048, 1e8
+    q = k = torch.ones(1, T, 1, 1, dtype=torch.float64)
+    v = torch.ones(1, T, 1, 1, dtype=torch.float64)
+    v[:, : T // 2] = large
+    arguments = {"q": q, "k": k, "v": v, "g": torch.full((1, T, 1), decay).double()}
+    skipped = results(parallel_attn, arguments)
+    monkeypatch.setattr(eager, "_on_host", lambda x: False)
+    whole = results(parallel_attn, arguments)
+    for name in ("o", "dv"):
+        scale = large if name == "o" else 1.0
+        lost = (skipped[name] - whole[name]).abs().max()
+        assert lost < 4 * torch.finfo(torch.float64).eps * scale, name
+
+
+# Windows, sinks, packing
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_window_of_zero(packed):
+    tensors, draws, sink = operands(70)
+    arguments = {**tensors, "g": draws, "sink_bias": sink, "window_size": 0}
+    if packed:
+        arguments["cu_seqlens"] = torch.tensor([0, 30, 30, 70])
+    assert not any(result.any() for result in results(parallel_attn, arguments).values())
+    del arguments["sink_bias"]
+    assert not any(result.any() for result in results(parallel_attn, arguments).values())
+
+
+@pytest.mark.parametrize("window", [1, 2, 127, 128, 129, 299, 300, 10**6])
+def test_windows(window, place):
+    tensors, draws, sink = operands(300)
+    agree({**tensors, "window_size": window}, 1e-12)
+    agree({**tensors, "g": 0.1 * draws, "sink_bias": sink, "window_size": window}, 1e-12)
+
+
+def test_a_window_of_one_is_the_value():
+    tensors, _, _ = operands(50, G=1)
+    o = parallel_attn(**tensors, window_size=1)
+    torch.testing.assert_close(o, tensors["v"])
+
+
+def test_a_sink_is_a_key_without_value():
+    tensors, _, sink = operands(90, H=3, G=1, K=8, V=8)
+    one = {name: x[:, :1] for name, x in tensors.items()}  # a first key with that logit
+    scale = 8**-0.5
+    direction = torch.zeros_like(one["k"])
+    direction[..., 0] = sink[:, None].T / scale
+    q = torch.cat([one["q"], tensors["q"]], 1)
+    q = torch.cat([torch.ones_like(q[..., :1]), q[..., 1:]], -1)
+    k = torch.cat([torch.zeros_like(one["k"]), tensors["k"]], 1)
+    k[..., 0] = 0
+    k[:, 0] = direction[:, 0]
+    v = torch.cat([torch.zeros_like(one["v"]), tensors["v"]], 1)
+    expected = parallel_attn(q, k, v)[:, 1:]
+    found = parallel_attn(q[:, 1:], k[:, 1:], v[:, 1:], sink_bias=sink)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("sink", [-torch.inf, -1e4, 1e4])
+def test_extreme_sinks(sink):
+    tensors, _, _ = operands(40, K=24)
+    o = parallel_attn(**tensors, sink_bias=torch.full((4,), sink))
+    expected = parallel_attn(**tensors) if sink < 0 else torch.zeros_like(o)
+    torch.testing.assert_close(o, expected)
+
+
+PACKINGS = {
+    "many short": list(range(0, 301, 5)),
+    "empty ones": [0, 0, 5, 5, 64, 65, 300, 300],
+    "across blocks": [0, 127, 129, 257, 300],
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("window", [None, 40])
+def test_packed_equals_looped(packing, window, place):
+    bounds = PACKINGS[packing]
+    tensors, draws, sink = operands(300)
+    arguments = {**tensors, "g": 0.2 * draws - 0.1, "sink_bias": sink, "window_size": window}
+
+    def looped(g, sink_bias, window_size, **tensors):
+        parts = [
+            parallel_attn(
+                **{name: x[:, a:b] for name, x in tensors.items()},
+                g=g[:, a:b],
+                sink_bias=sink_bias,
+                window_size=window_size,
+            )
+            for a, b in itertools.pairwise(bounds)
+        ]
+        return torch.cat(parts, 1)
+
+    found = results(parallel_attn, {**arguments, "cu_seqlens": torch.tensor(bounds)})
+    expected = results(looped, arguments)
+    for name in expected:
+        assert relative_error(found[name], expected[name]) < 1e-12, name
+
+
+def test_tokens_of_no_sequence_on_a_device(monkeypatch):
+    """A padded buffer, whatever it holds: zero outputs and gradients."""
+    monkeypatch.setattr(eager, "_on_host", lambda x: False)
+    monkeypatch.setattr("fla.ops.common.contract.boundaries", lambda *_: None)
+    tensors, draws, sink = operands(200)
+    arguments = {**tensors, "g": logsigmoid(draws + 2), "sink_bias": sink}
+    bounds = torch.tensor([0, 60, 150])
+    short = {name: x if name == "sink_bias" else x[:, :150] for name, x in arguments.items()}
+    poisoned = {name: x.clone() for name, x in arguments.items()}
+    for name in ("q", "k", "v", "g"):
+        poisoned[name][:, 150:] = torch.nan
+
+    def padded(**arguments):
+        return torch.nn.functional.pad(parallel_attn(**arguments), (0, 0, 0, 0, 0, 50))
+
+    found = results(parallel_attn, {**poisoned, "cu_seqlens": bounds})
+    expected = results(padded, {**short, "cu_seqlens": bounds})
+    for name, value in found.items():
+        if name != "dsink_bias":
+            assert not value[:, 150:].any(), name
+            value = value[:, :150]
+        wanted = expected[name] if name == "dsink_bias" else expected[name][:, :150]
+        assert relative_error(value, wanted) < 1e-12, name
+
+
+# Ways to compute it
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_own_blocks_agree_with_torchs_attention(dtype, monkeypatch):
+    tensors, _, sink = operands(300, H=2, G=3, K=24, V=24, dtype=dtype)
+    arguments = {**tensors, "sink_bias": sink}
+    torchs = results(parallel_attn, arguments)
+    monkeypatch.setattr(eager, "_torch_serves", lambda *_: False)
+    own = results(parallel_attn, arguments)
+    for name in own:
+        bound = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 3e-3}[dtype]
+        assert relative_error(own[name], torchs[name]) < bound, name
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any result below has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in torch.utils._pytree.tree_leaves(result):
+            if isinstance(each, Tensor):
+                self.elements = max(self.elements, each.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_memory_is_linear(gated):
+    T = 8192
+    tensors, draws, _ = operands(T, H=1, G=1, K=8, V=16, dtype=torch.float32)
+    q, k, v = tensors.values()
+    g = -draws.abs().float() if gated else None
+    options = Options(0.3, window_size=None if gated else 500)
+    with Largest() as largest:
+        o, lse = eager.forward(q, k, v, g, None, None, options)
+        eager.backward(torch.ones_like(o), q, k, v, g, None, None, o, lse, options)
+    assert 0 < largest.elements <= T * T // 16
+
+
+def test_chunk_indices_are_accepted():
+    tensors, _, _ = operands(20)
+    found = parallel_attn(**tensors, chunk_indices=torch.zeros(3, 2, dtype=torch.int32))
+    assert torch.equal(found, parallel_attn(**tensors))
+
+
+def test_forgetting_attention_is_attention_with_a_gate():
+    tensors, draws, _ = operands(140)
+    g = logsigmoid(draws + 3)
+    o = parallel_forgetting_attn(**tensors, g=g, scale=0.2, window_size=90)
+    assert torch.equal(o, parallel_attn(**tensors, g=g, scale=0.2, window_size=90))
+    torch.testing.assert_close(o, naive_forgetting_attn(**tensors, g=g, scale=0.2, window_size=90))
+
+
+# The textbook
+
+
+def test_the_textbook_without_a_mask():
+    tensors, draws, _ = operands(30, G=1)
+    q, k, v = (x.transpose(1, 2) for x in tensors.values())
+    G = draws.cumsum(1).transpose(1, 2)
+    s = q @ k.mT / 4 + G[..., None] - G[..., None, :]
+    o, most = naive_parallel_attn(**tensors, g=draws, causal=False)
+    torch.testing.assert_close(o, (s.softmax(-1) @ v).transpose(1, 2))
+    torch.testing.assert_close(most, s.amax(-1).transpose(1, 2))
+
+
+def test_max_logits():
+    tensors, _, sink = operands(30)
+    k = tensors["k"].repeat_interleave(2, 2)
+    own = (tensors["q"] * k).sum(-1) / 4
+    _, most = naive_parallel_attn(**tensors, window_size=1)
+    torch.testing.assert_close(most, own)
+    _, most = naive_parallel_attn(**tensors, window_size=1, sink_bias=sink)
+    torch.testing.assert_close(most, torch.maximum(own, sink))
+    _, most = naive_parallel_attn(**tensors, window_size=0)
+    assert (most == -torch.inf).all()
+
+
+def test_the_textbooks_gradients_of_rows_without_keys():
+    tensors, draws, sink = operands(10)
+    arguments = {**tensors, "g": draws, "window_size": 0}
+    assert not any(result.any() for result in results(textbook, arguments).values())
+    with_sink = results(textbook, {**arguments, "sink_bias": sink})
+    assert not any(result.any() for result in with_sink.values())
+
+
+# Decoding
+
+
+def decoding(bounds, dtype=torch.float64, **sizes):
+    tensors, draws, sink = operands(bounds[-1], dtype=dtype, **sizes)
+    HQ, K = tensors["q"].shape[2:]
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(1, len(bounds) - 1, HQ, K, generator=generator, dtype=torch.float64).to(dtype)
+    return {**tensors, "q": q, "cu_seqlens": torch.tensor(bounds)}, draws, sink
+
+
+RAGGED = {
+    "empty ones": [0, 0, 5, 5, 69, 133, 134, 400, 400],
+    "one long": [0, 1000],
+    "many short": list(range(0, 61, 3)),
+    "nothing": [0, 0, 0],
+    "no sequence": [0],
+}
+
+
+@pytest.mark.parametrize("bounds", RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize("window", [None, 1, 64, 70, 10**6])
+def test_decoding(bounds, window, place):
+    arguments, draws, sink = decoding(bounds)
+    for more in (
+        {},
+        {"sink_bias": sink},
+        {"g": logsigmoid(draws + 1), "do_gate_scale": True},
+        {"g": 0.2 * draws, "sink_bias": sink, "scale": 0.3},
+        {"g": torch.where(draws > 1, -1e4, 0.01 * draws)},
+    ):
+        call = {**arguments, **more, "window_size": window}
+        found, expected = attn_decoding_one_step(**call), naive_attn_decoding(**call)
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_decoding_is_the_last_row():
+    tensors, draws, sink = operands(700, dtype=torch.float32)
+    g = logsigmoid(draws + 3).float()
+    more = {"g": g, "sink_bias": sink, "window_size": 500}
+    o = attn_decoding_one_step(tensors["q"][:, -1:], tensors["k"], tensors["v"], **more)
+    assert not o.requires_grad
+    torch.testing.assert_close(o, parallel_attn(**tensors, **more)[:, -1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 3e-3)], ids=str)
+def test_decoding_in_lower_precision(dtype, bound):
+    arguments, draws, _ = decoding(RAGGED["empty ones"], dtype)
+    arguments["g"] = logsigmoid(draws + 3).bfloat16()
+    found, expected = (
+        attn_decoding_one_step(**arguments),
+        naive_attn_decoding(**{**widened(arguments), "cu_seqlens": arguments["cu_seqlens"]}),
+    )
+    assert found.dtype == dtype
+    assert relative_error(found, expected) < bound
+
+
+def test_decoding_with_nothing_to_see_is_zero():
+    arguments, _, sink = decoding([0, 0, 40])
+    assert not attn_decoding_one_step(**arguments, window_size=0, sink_bias=sink).any()
+    o = attn_decoding_one_step(**arguments)
+    assert not o[:, 0].any()
+    assert o[:, 1].any()
+
+
+def test_decoding_reads_its_window_only(place):
+    arguments, draws, _ = decoding([0, 100, 300])
+    g = -draws.abs()
+    expected = attn_decoding_one_step(**arguments, g=g, window_size=30)
+    for name in ("k", "v"):
+        arguments[name][:, :70] = torch.nan
+        arguments[name][:, 100:270] = torch.nan
+    g[:, :70] = g[:, 100:270] = torch.nan
+    found = attn_decoding_one_step(**arguments, g=g, window_size=30)
+    assert torch.equal(found, expected)
+
+
+def test_decoding_near_weights_at_32768_tokens():
+    g = gates_of_32768()["steep ones"]
+    near, T = 64, g.shape[1]
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randn(1, 1, 1, 16, generator=generator) / 2
+    k = torch.randn(1, T, 1, 16, generator=generator) / 2
+    v = torch.zeros(1, T, 1, near)
+    v[0, -near:, 0] = torch.eye(near)
+    found = attn_decoding_one_step(q, k, v, g)[0, 0, 0]
+    expected = naive_attn_decoding(q.double(), k.double(), v.double(), g.double())[0, 0, 0]
+    seen = expected > 1e-30
+    assert ((found - expected) / expected)[seen].abs().max() < 1e-6
+
+
+# Bad input
+
+
+def good(T=12, HQ=4, H=2, K=8, V=8):
+    return {
+        "q": torch.zeros(1, T, HQ, K),
+        "k": torch.zeros(1, T, H, K),
+        "v": torch.zeros(1, T, H, V),
+        "g": torch.zeros(1, T, HQ),
+    }
+
+
+def bounds(*values):
+    return {"cu_seqlens": torch.tensor(values)}
+
+
+BAD = [
+    ({"window_size": -1}, ValueError, "window_size: expected None or at least 0, got -1"),
+    (good(HQ=3), ValueError, "HQ: expected a multiple of H = 2, got 3 heads"),
+    (good(K=257), ValueError, "K: expected a head size up to 256, got 257"),
+    (good(V=513), ValueError, "V: expected a head size up to 512, got 513"),
+    ({"k": good(T=11)["k"]}, ValueError, "k: expected [B, T, H, K]"),
+    ({"g": good(HQ=2)["g"]}, ValueError, "g: expected [B, T, HQ] = [1, 12, 4], got [1, 12, 2]"),
+    ({"g": good()["g"].int()}, TypeError, "g: expected a floating point tensor, got torch.int32"),
+    ({"v": good()["v"].half()}, TypeError, "v: expected the dtype of q, torch.float32, got"),
+    ({"k": None}, TypeError, "k: expected a tensor, got NoneType"),
+    (bounds(1, 12), ValueError, "cu_seqlens: expected to start at 0, got 1"),
+    (bounds(0, 5), ValueError, "cu_seqlens: expected to end at T = 12, got 5"),
+    (bounds(0, 9, 5, 12), ValueError, "cu_seqlens: expected not to decrease, got 5 "),
+    (bounds(0.0, 12.0), TypeError, "cu_seqlens: expected torch.int32 or torch.int64, got"),
+    ({"head_first": True}, TypeError, "head_first: "),
+]
+
+
+@pytest.mark.parametrize("function", [parallel_attn, parallel_forgetting_attn])
+@pytest.mark.parametrize("changes, error, message", BAD, ids=[case[2][:40] for case in BAD])
+def test_bad_input(function, changes, error, message):
+    with pytest.raises(error) as caught:
+        function(**{**good(), **changes})
+    assert message in str(caught.value)
+
+
+def test_a_gate_is_needed_to_forget():
+    with pytest.raises(TypeError, match="g: expected a tensor, got NoneType"):
+        parallel_forgetting_attn(**{**good(), "g": None})
+
+
+def test_bad_sinks_and_batches():
+    with pytest.raises(ValueError, match=r"sink_bias: expected \[HQ\] = \[4\], got \[2\]"):
+        parallel_attn(**good(), sink_bias=torch.zeros(2))
+    two = {name: torch.cat([x, x]) for name, x in good().items()}
+    with pytest.raises(ValueError, match="q: expected a batch of 1 with cu_seqlens, got 2"):
+        parallel_attn(**two, **bounds(0, 12))
+
+
+BAD_DECODING = [
+    ({"window_size": -1}, "window_size: expected None or at least 0, got -1"),
+    ({"q": torch.zeros(1, 2, 3, 8), "g": None}, "HQ: expected a multiple of H = 2, got 3 heads"),
+    ({"q": torch.zeros(2, 1, 4, 8)}, "q: expected [1, N, HQ, K] = [1, 1, 4, 8], got [2, 1, 4, 8]"),
+    ({"q": good()["q"]}, "q: expected one query for each of 2 sequences, got 12"),
+    ({"cu_seqlens": None}, "q: expected one query for each of 1 sequences, got 2"),
+    ({"g": good(HQ=2)["g"]}, "g: expected [1, T, HQ] = [1, 12, 4], got [1, 12, 2]"),
+    (bounds(0, 9, 11), "cu_seqlens: expected to end at T = 12, got 11"),
+]
+
+
+@pytest.mark.parametrize("changes, message", BAD_DECODING, ids=[case[1] for case in BAD_DECODING])
+def test_bad_decoding(changes, message):
+    arguments = {**good(), "q": torch.zeros(1, 2, 4, 8), **bounds(0, 5, 12), **changes}
+    with pytest.raises(ValueError) as caught:
+        attn_decoding_one_step(**arguments)
+    assert message in str(caught.value)
