@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import importlib
+import inspect
 import json
 import os
 import platform
@@ -80,17 +83,19 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def transformers_chunk_kda(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
-    from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
-
-    return chunk_kimi_delta_attention(q, k, v, **more)
+    return _transformers("chunk_kimi_delta_attention")(q, k, v, **more)
 
 
 def transformers_recurrent_kda(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
-    from transformers.models.kimi_linear.modeling_kimi_linear import recurrent_kimi_delta_attention
+    function = _transformers("recurrent_kimi_delta_attention")
+    return function(q, k, v, **more, initial_state=None, output_final_state=False)
 
-    return recurrent_kimi_delta_attention(
-        q, k, v, **more, initial_state=None, output_final_state=False
-    )
+
+@functools.cache
+def _transformers(name: str) -> Callable[..., Any]:
+    """Its own function: as it stands in the module, it hands over to this package."""
+    module = importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
+    return inspect.unwrap(getattr(module, name))
 
 
 # What is measured, and on what: ours, whose time and memory are to be linear in T, …
@@ -222,13 +227,19 @@ def measure(case: Case, repeat_for: float) -> dict[str, float]:
     }
 
 
+_PROC = Path("/proc/self")
+
+
 def _forget_peak() -> None:
     """On Linux the peak starts anew; elsewhere it includes that of the imports."""
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
+    if _PROC.exists():
+        (_PROC / "clear_refs").write_text("5")
 
 
 def _peak() -> int:
+    if _PROC.exists():  # getrusage's includes that of the process that started this one
+        status = (_PROC / "status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -71,3 +71,10 @@ def test_every_row_names_operators_that_exist():
     for row in cpu.rows():
         for case in row.cases:
             assert case.operator in cpu.OPERATORS or case.operator == cpu.IMPORT
+
+
+def test_the_peer_is_not_this_package():
+    for name in ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"):
+        peer = cpu._transformers(name)
+        assert peer.__module__.startswith("transformers.")
+        assert not hasattr(peer, "__wrapped__")

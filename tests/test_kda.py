@@ -119,14 +119,29 @@ def test_no_token_sees_a_later_one(call, T):
                 assert torch.equal(call(*later)[0][:, : t + 1], o[:, : t + 1]), (t, value)
 
 
-def test_what_overflows_is_seen_to():
-    """A token whose value overflows is not silently finite, nor is what follows in its sequence."""
+@pytest.mark.parametrize("overflowing", ["k", "v"])
+def test_what_overflows_is_seen_to(overflowing):
+    """It is not silently finite, and neither is what follows in its sequence."""
     q, k, v, g, beta = operands(40)
-    k[:, 10] = 1e30
+    if overflowing == "k":
+        k[:, 10] = 1e30
+    else:
+        v[:, 10] = 3e38
+        beta[:, 10] = 2
     o, state = ops.chunk_kda(q, k, v, g, beta, output_final_state=True)
     assert o[:, :10].isfinite().all()
-    assert not o[:, 12:].isfinite().any()
+    assert not o[:, 10 if overflowing == "v" else 12 :].isfinite().any()
     assert not state.isfinite().all()
+
+
+@BOTH
+@pytest.mark.parametrize("T", [5, 40])
+def test_an_empty_memory_stays_empty(call, T):
+    """However much it grows."""
+    q, k, v, g, beta = operands(T)
+    o, state = call(q * 0, k * 0, v, g * 0 + 300, beta, output_final_state=True)
+    assert (o == 0).all()
+    assert (state == 0).all()
 
 
 RAW = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fla.ops.common import contract
 from fla.ops.common.boundary import absent, differentiable, operator
-from fla.ops.common.device import accumulator
+from fla.ops.common.device import accumulator, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
 
 HEAD_LIMITS = {"K": 256, "V": 512}
@@ -37,7 +37,10 @@ class DecodingOptions(Options):
     gate_scale: float = 1.0
 
 
-IMPLEMENTATIONS = (Implementation("eager", "fla.ops.attn.eager"),)
+IMPLEMENTATIONS = (
+    Implementation("triton", "fla.ops.attn.triton", lambda at: lacks_triton(at.device, at.dtype)),
+    Implementation("eager", "fla.ops.attn.eager"),
+)
 ENGINE = Engine("softmax", *IMPLEMENTATIONS)
 DECODING = Engine("decoding", *IMPLEMENTATIONS)
 

@@ -30,7 +30,8 @@ from fla.ops.common.device import accumulator
 from fla.ops.common.sequences import Carry, Chunks, Sequences
 from fla.ops.kda.gate import Gate, like
 
-_SQRT_EPS = torch.tensor(1e-3, dtype=torch.float64)  # of the 1e-6 in the l2norm
+# The root of ε in the l2norm.
+_SQRT_EPS = {dtype: torch.tensor(1e-3, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 _LARGEST_CHUNK = 64
 # Elements of one operand in a run of chunks: small enough for a core's cache, large enough that
 # PyTorch's overhead a call does not show.
@@ -171,7 +172,7 @@ def _half(exponent: Tensor) -> Tensor:
     A gate may grow.  Half of the exponent stays finite for as long as the product can, so that
     0 · inf never turns a result that is representable into NaN.
     """
-    return (exponent * 0.5).clamp_(max=math.log(torch.finfo(exponent.dtype).max)).exp_()
+    return (exponent * 0.5).clamp_(max=math.log(torch.finfo(exponent.dtype).max) - 1).exp_()
 
 
 def _twice(x: Tensor, half: Tensor) -> Tensor:
@@ -506,7 +507,7 @@ class _Gradients:
 
 def _length(x: Tensor) -> Tensor:
     """sqrt(Σx² + ε)."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(_SQRT_EPS)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(_SQRT_EPS[x.dtype])
 
 
 def _unit_backward(x: Tensor, dy: Tensor) -> Tensor:

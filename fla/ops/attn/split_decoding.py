@@ -1,0 +1,248 @@
+"""One step of decoding: keys split over the chip, partial results merged in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fla.ops.attn.blocks import (
+    LOG2E,
+    STEEPEST_GATE,
+    Call,
+    Line,
+    cdiv,
+    first_slot,
+    own,
+    power_of_2,
+    put_tile,
+    tile,
+)
+from fla.ops.common.kernels import multiprocessors, product
+
+# BM is the most query heads of a program: those of a key head share what it reads, up to 32.  Three
+# blocks of keys and values on the way keep memory busy; larger heads fill it with two.
+LINES = (
+    Line(2, 128, 128, 32, 64, 4, 3, shared=97),
+    Line(2, 256, 512, 32, 32, 8, 2, shared=73),
+    Line(4, 128, 128, 32, 32, 4, 2, shared=77),
+    Line(4, 256, 256, 16, 16, 4, 2, shared=68),
+)
+# Programs that the chip is given for each multiprocessor, and the fewest keys that are worth one.
+_PROGRAMS = 8
+_FEWEST_KEYS = 256
+# Parts that are merged at a time
+_PARTS = 16
+
+_LOG2E = tl.constexpr(LOG2E)
+_LEAST = tl.constexpr(-3.4028234663852886e38)
+_STEEPEST_GATE = tl.constexpr(STEEPEST_GATE)
+
+
+@triton.jit
+def keys_of(cu_seqlens, n, window):
+    """[first, stop) of the keys that the query of sequence n sees."""
+    first = tl.load(cu_seqlens + n).to(tl.int32)
+    stop = tl.load(cu_seqlens + n + 1).to(tl.int32)
+    if window is not None:
+        first = tl.maximum(first, stop - window)
+    return first, stop
+
+
+@triton.jit(do_not_specialize=["N", "T", "window", "size", "splits"])
+def split_kernel(
+    q,
+    k,
+    v,
+    g,
+    cu_seqlens,
+    o,
+    most,
+    sums,
+    total,
+    scale,
+    gate_scale,
+    window,
+    N,
+    T,
+    size,
+    splits,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What ``size`` keys of one head give to their BM queries, one of each query head.
+
+        s_j = scale q·k_j + g_{j+1} + … to the split's end and the key behind it
+        most = max s    sums = Σ exp(s_j − most)    o = Σ exp(s_j − most) v_j    total = Σ g_{j+1}
+
+    Reads q [BM, K], k [size, K], v [size, V], g [size, BM]; writes o [BM, V] of [slots, HQ, V] and
+    the others [BM] of [slots, HQ], in fp32.
+    """
+    HEADS: tl.constexpr = H * ((G + BM - 1) // BM)
+    if window is None:
+        i, n, i_s, bos, _length, _live = own(cu_seqlens, tl.program_id(0), N, T, HEADS, size, False)
+    else:
+        i = tl.program_id(0) % HEADS
+        n = tl.program_id(0) // HEADS // splits
+        i_s = tl.program_id(0) // HEADS % splits
+    if n >= N:
+        return
+    first, end = keys_of(cu_seqlens, n, window)
+    first += i_s * size
+    if first >= end:
+        return
+    stop = tl.minimum(first + size, end)
+    i_h = i % H
+    o_g = i // H * BM + tl.arange(0, BM)
+    m_g = o_g < G
+    o_n = tl.arange(0, BN)
+    b_q = tile(q + n.to(tl.int64) * (H * G * K) + i_h * G * K, o_g, m_g, K, K, BK)
+    p_k = k + i_h * K
+    p_v = v + i_h * V
+
+    b_o = tl.zeros([BM, BV], tl.float32)
+    b_most = tl.full([BM], _LEAST, tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_total = tl.zeros([BM], tl.float32)
+    blocks = tl.cdiv(stop - first, BN)
+    for i_b in range(blocks):
+        start = first + (blocks - 1 - i_b) * BN
+        o_j = start + o_n
+        m_j = o_j < stop
+        b_k = tile(p_k + start.to(tl.int64) * (H * K), o_n, m_j, H * K, K, BK)  # [BN, BK]
+        b_s = product(b_q, tl.trans(b_k), None, PRECISION) * scale  # [BM, BN]
+        if g is not None:
+            p_g = g + (start.to(tl.int64) + 1) * (H * G) + i_h * G
+            b_g = tl.load(
+                p_g + o_n[None, :] * (H * G) + o_g[:, None],
+                mask=(m_j & (o_j + 1 < end))[None, :] & m_g[:, None],
+                other=0.0,
+            )
+            b_g = tl.maximum(b_g.to(tl.float32), _STEEPEST_GATE) * gate_scale
+            b_s += tl.cumsum(b_g, 1, reverse=True) + b_total[:, None]
+            b_total += tl.sum(b_g, 1)
+        b_s = tl.where(m_j[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_most, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_new[:, None])
+        b_fall = tl.exp2(b_most - b_new)
+        b_most = b_new
+        b_sum = b_sum * b_fall + tl.sum(b_p, 1)
+        b_v = tile(p_v + start.to(tl.int64) * (H * V), o_n, m_j, H * V, V, BV)  # [BN, BV]
+        b_o = product(b_p.to(b_v.dtype), b_v, b_o * b_fall[:, None], PRECISION)
+
+    if window is None:
+        slot = first_slot(cu_seqlens, bos, n, T, size) + i_s
+    else:
+        slot = n * splits + i_s
+    at = slot.to(tl.int64) * (H * G) + i_h * G
+    put_tile(o + at * V, b_o, o_g, m_g, V, V, BV)
+    tl.store(most + at + o_g, b_most, mask=m_g)
+    tl.store(sums + at + o_g, b_sum, mask=m_g)
+    if g is not None:
+        tl.store(total + at + o_g, b_total, mask=m_g)
+
+
+@triton.jit(do_not_specialize=["T", "window", "size", "splits"])
+def merge_kernel(
+    part,
+    most,
+    sums,
+    total,
+    sink,
+    cu_seqlens,
+    o,
+    window,
+    T,
+    size,
+    splits,
+    HQ: tl.constexpr,
+    V: tl.constexpr,
+    BS: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """o [V] of one head of one sequence, from the parts that ``split_kernel`` wrote.
+
+    A part's logits lack the gates behind it, which are the totals of the later parts.  The parts
+    are taken from the last to the first, BS at a time.
+    """
+    n = tl.program_id(0) // HQ
+    i_h = tl.program_id(0) % HQ
+    first, stop = keys_of(cu_seqlens, n, window)
+    if window is None:
+        slot = first_slot(cu_seqlens, first, n, T, size)
+    else:
+        slot = n * splits
+    count = tl.cdiv(stop - first, size)
+    at = slot.to(tl.int64) * HQ + i_h
+    o_v = tl.arange(0, BV)
+    m_v = o_v < V
+
+    b_o = tl.zeros([BV], tl.float32)
+    b_most = tl.full([], _LEAST, tl.float32)
+    b_sum = tl.full([], 0.0, tl.float32)
+    if sink is not None:
+        b_most = tl.load(sink + i_h).to(tl.float32) * _LOG2E
+        b_sum += 1.0
+    between = tl.full([], 0.0, tl.float32)
+    for i in range(0, count, BS):
+        o_s = count - 1 - i - tl.arange(0, BS)
+        m_s = o_s >= 0
+        b_s = tl.load(most + at + o_s * HQ, mask=m_s, other=float("-inf"))
+        if total is not None:
+            m_later = m_s & (o_s + 1 < count)
+            b_later = tl.load(total + at + (o_s + 1) * HQ, mask=m_later, other=0.0)
+            b_s += between + tl.cumsum(b_later, 0)
+            between += tl.sum(b_later, 0)
+        b_new = tl.maximum(b_most, tl.max(b_s, 0))
+        b_weight = tl.exp2(b_s - b_new)  # [BS]
+        b_fall = tl.exp2(b_most - b_new)
+        b_most = b_new
+        b_part = tl.load(
+            part + (at + o_s[:, None] * HQ) * V + o_v[None, :],
+            mask=m_s[:, None] & m_v[None, :],
+            other=0.0,
+        )  # [BS, BV]
+        b_sums = tl.load(sums + at + o_s * HQ, mask=m_s, other=0.0)
+        b_o = b_o * b_fall + tl.sum(b_part * b_weight[:, None], 0)
+        b_sum = b_sum * b_fall + tl.sum(b_sums * b_weight, 0)
+    b_o /= tl.where(b_sum > 0, b_sum, 1.0)
+    p_o = o + (n.to(tl.int64) * HQ + i_h) * V + o_v
+    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_v)
+
+
+def run_decoding(q, k, v, g, sink, cu_seqlens, options) -> Tensor:
+    """Launch ``split_kernel`` and ``merge_kernel``: o [1, N, HQ, V]."""
+    N, HQ = q.shape[1:3]
+    T, H, V = v.shape[1:]
+    call = Call(k, v, cu_seqlens, options.scale, options.window_size)
+    line = call.choose(LINES)
+    BM = min(line.BM, max(power_of_2(HQ // H), 16))
+    size = power_of_2(cdiv(T * H, _PROGRAMS * multiprocessors(q.device)))
+    size = max(size, _FEWEST_KEYS)
+    splits = 0
+    slots = call.blocks(size)
+    if call.window is not None:
+        splits = cdiv(call.window, size)
+        slots = N * splits
+    o = q.new_empty(1, N, HQ, V)
+    part = q.new_empty(slots, HQ, V, dtype=torch.float32)
+    most, sums, total = part.new_empty(3, slots, HQ)
+    total = None if g is None else total
+    constants = {**call.constants, **line.constants, "G": HQ // H, "BM": BM}
+    split_kernel[(slots * H * cdiv(HQ // H, BM),)](
+        q, k, v, g, cu_seqlens, part, most, sums, total, call.scale, options.gate_scale * LOG2E,
+        call.window, N, T, size, splits, **constants,
+    )  # fmt: skip
+    merge_kernel[(N * HQ,)](
+        part, most, sums, total, sink, cu_seqlens, o, call.window, T, size, splits,
+        HQ=HQ, V=V, BS=_PARTS, BV=call.constants["BV"],
+    )  # fmt: skip
+    return o

@@ -1,0 +1,93 @@
+"""What the kernels make of raw operands: unit vectors, log-decays and betas, and their adjoints.
+
+Log-decays are in units of log 2, so that a decay is ``exp2`` of a sum of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+L2NORM_EPS = tl.constexpr(1e-6)
+LOG2E = tl.constexpr(1.4426950408889634)
+# exp2 stays finite, and so does its product with an operand of moderate size
+LARGEST_EXPONENT = tl.constexpr(120.0)
+# no decay survives this; it keeps −inf out of sums that are taken as products with 0 and 1
+STEEPEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def decay_of(exponent):
+    """exp2, finite: 0 · inf would turn a result that is representable into NaN."""
+    return tl.exp2(tl.minimum(exponent, LARGEST_EXPONENT))
+
+
+@triton.jit
+def unit_factor(p, m, K, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ENABLED: tl.constexpr):
+    """1 / sqrt(Σx² + ε) of the rows that start at ``p``; 1 where norms are not asked for."""
+    b_factor = tl.full(m.shape, 1.0, tl.float32)
+    if ENABLED:
+        b_sum = tl.zeros(m.shape, tl.float32)
+        for block in range(BLOCKS):
+            o_k = block * BLOCK + tl.arange(0, BLOCK)
+            b_x = tl.load(p[:, None] + o_k[None, :], m[:, None] & (o_k < K)[None, :], 0)
+            b_x = b_x.to(tl.float32)  # [rows, BLOCK]
+            b_sum += tl.sum(b_x * b_x, 1)
+        b_factor = tl.rsqrt(b_sum + L2NORM_EPS)
+    return b_factor
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), right for small results too."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    series = e * (1 - e * (0.5 - e * (0.3333333 - e * 0.25)))
+    return tl.maximum(x, 0.0) + tl.where(e < 0.01, series, tl.log2(1 + e) / LOG2E)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1 / (1 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def log_decay(x, rate, lower_bound, GATE: tl.constexpr):
+    """Log-decays in units of log 2 from x, the raw gate with its bias.
+
+    −rate softplus(x), or with ``lower_bound`` lower_bound sigmoid(rate x); without a gate, x.
+    """
+    if GATE:
+        if lower_bound is None:
+            x = -rate * softplus(x)
+        else:
+            x = lower_bound * sigmoid(rate * x)
+    return tl.maximum(x * LOG2E, STEEPEST)
+
+
+@triton.jit
+def log_decay_backward(x, dg, rate, lower_bound):
+    """From the gradient of the (natural) log-decay: that of x and that of log rate."""
+    if lower_bound is None:
+        dx = -dg * rate * sigmoid(x)
+        drate = dg * tl.maximum(-rate * softplus(x), STEEPEST)
+    else:
+        opened = sigmoid(rate * x)
+        dangle = dg * lower_bound * opened * (1 - opened)
+        dx = dangle * rate
+        drate = dangle * rate * x
+    return dx, drate
+
+
+@triton.jit
+def beta_of(x, SIGMOID: tl.constexpr, RANGE: tl.constexpr):
+    """beta, or ``RANGE`` times the sigmoid of its logits."""
+    if SIGMOID:
+        x = sigmoid(x) * RANGE
+    return x
+
+
+@triton.jit
+def beta_backward(x, dbeta, SIGMOID: tl.constexpr, RANGE: tl.constexpr):
+    if SIGMOID:
+        dbeta = dbeta * sigmoid(x) * sigmoid(-x) * RANGE
+    return dbeta

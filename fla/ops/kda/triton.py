@@ -1,0 +1,330 @@
+"""Kimi Delta Attention in Triton, the same calls as ``eager``.
+
+Forward: what each chunk is to the state and its tokens to one another (``chunk_intra``), then the
+scan over chunks with the output fused into it (``chunk_inter``).  Backward: the chunks' operands
+again, the scan of the states and that of their gradients in one grid, then everything else of a
+chunk in one kernel.  Nothing is saved in between but the inputs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fla.ops.common.boundary import absent
+from fla.ops.kda import eager
+from fla.ops.kda.chunk_inter import advance_kernel, join_kernel, scans_kernel
+from fla.ops.kda.chunk_intra import finish_kernel, gradients_kernel, intra_kernel
+from fla.ops.kda.recurrent import recurrent_kernel
+from fla.ops.kda.slots import rows_and_slots
+
+
+class Launch(NamedTuple):
+    """Channels in a block (of keys in a chunk's kernels, of values in a scan), and warps."""
+
+    block: int
+    warps: int
+
+
+# Tokens of a chunk, whatever the caller says: its tiles of 32 rows fit into registers, those of 64
+# do not, and what spills costs more than the longer scan.
+CHUNK = 32
+# Tiles [32, 32], 16 rows a warp: the widest that hardly spill.
+INTRA = Launch(32, 2)
+GRADIENTS = Launch(32, 2)
+# Sᵀ [64, BK] is one warpgroup's accumulator; with V split in two, 64 heads fill the chip.
+SCAN = Launch(64, 4)
+# A column of states needs all of K at once; 32 of V are whole 128-byte lines of fp32.
+RECURRENT = Launch(32, 4)
+# Programs that fill the chip, one on each of an H200's 132 multiprocessors.
+FILLS_CHIP = 132
+# Chunks below which a segment's summary costs more than it saves.
+SHORTEST_SEGMENT = 16
+
+
+def pipeline(BK: int, dtype: torch.dtype) -> int:
+    """Chunks of a scan in flight, as many as shared memory holds."""
+    width = BK * dtype.itemsize
+    return 3 if width <= 256 else 2 if width <= 512 else 1
+
+
+def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options):
+    """Return o [B, T, HV, V], the final state and the states before the chunks."""
+    call = _Call(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options)
+    o = torch.empty_like(call.v)
+    final = call.new_state() if options.output_final_state else None
+    h = call.new_intermediate() if options.intermediate_states else None
+    if call.empty:
+        if final is not None:
+            final.copy_(initial_state) if initial_state is not None else final.zero_()
+    elif options.chunk_size:
+        call.intra()
+        call.advance(o, initial_state, final, h)
+    else:
+        call.recurrent(initial_state, o, final)
+    return o, absent(q) if final is None else final, absent(q) if h is None else h
+
+
+def backward(do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options):
+    """Return the gradients of all that has one."""
+    if beta.dim() == 4:  # a beta for each channel has no triangular system in common
+        operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
+        return eager.backward(do, dstate, *operands, options)
+    call = _Call(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options)
+    dinitial = None if initial_state is None else initial_state.new_empty(initial_state.shape)
+    if call.empty:
+        if dinitial is not None:
+            dinitial.copy_(dstate) if dstate is not None else dinitial.zero_()
+        gradients = call.no_gradients()
+    else:
+        do = do.contiguous()
+        call.intra(keys=True)
+        scans = call.scans(do, initial_state, dstate, dinitial)
+        gradients = call.gradients(do, *scans)
+    return *gradients, absent(q) if dinitial is None else dinitial
+
+
+def serve(q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, accepted, options):
+    """One token after another for all sequences at once; ``state`` and ``out`` are written."""
+    call = _Call(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options)
+    o = out if out.is_contiguous() else torch.empty_like(call.v)
+    if not call.empty and call.N:
+        call.recurrent(state, o, state, indices, accepted, in_place=True)
+    if o is not out:
+        out.copy_(o)
+
+
+class _Call:
+    """One call's operands, its workspaces and the launches over them.
+
+    Workspaces are padded: [slots, HV, C, BK], so that scans read whole tiles without masks.  They
+    are bf16 for bf16 operands, else fp32: decayed operands leave the range of fp16.
+    """
+
+    def __init__(self, q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options):
+        self.q, self.k, self.v, self.g, self.beta = (x.contiguous() for x in (q, k, v, g, beta))
+        self.A_log = None if A_log is None else A_log.contiguous()
+        self.dt_bias = None if dt_bias is None else dt_bias.contiguous()
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.options = options
+        self.B, self.T, self.H, self.K = q.shape
+        self.HV, self.V = v.shape[2:]
+        self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.empty = q.numel() == 0 or v.numel() == 0
+        # the recurrent form is short and, token by token, exact: so is its gradient
+        exact = q.dtype == torch.float32 or options.chunk_size == 0
+        narrow = q.dtype == torch.bfloat16 and not exact
+        self.dtype = torch.bfloat16 if narrow else torch.float32
+        self.BK = max(triton.next_power_of_2(self.K), 64)
+        self.stages = pipeline(self.BK, self.dtype)
+        self.C = CHUNK
+        self.rows, self.slots = rows_and_slots(self.B, self.T, cu_seqlens, self.C)
+        self.common = {
+            "C": self.C,
+            "BK": self.BK,
+            "PRECISION": "tf32x3" if exact else "tf32",
+        }
+        self.beta_flags = {
+            "BETA_SIGMOID": options.beta_sigmoid,
+            "BETA_RANGE": 2 if options.neg_eigval else 1,
+        }
+        self.activations = {
+            "QK_L2NORM": options.qk_l2norm,
+            "GATE": options.gate,
+            **self.beta_flags,
+        }
+        self.lower_bound = options.lower_bound if options.gate else None
+
+    def workspace(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.q.new_empty(self.slots, self.HV, *shape, dtype=dtype or self.dtype)
+
+    def new_state(self) -> Tensor:
+        tail = (self.V, self.K) if self.options.state_v_first else (self.K, self.V)
+        return self.q.new_empty(self.N, self.HV, *tail, dtype=torch.float32)
+
+    def new_intermediate(self) -> Tensor:
+        tail = (self.V, self.K) if self.options.state_v_first else (self.K, self.V)
+        chunks = -(-self.T // self.options.chunk_size)
+        if self.cu_seqlens is not None and chunks:
+            chunks += self.N - 1
+        return self.k.new_empty(self.B, chunks, self.HV, *tail)
+
+    def strides(self, state: Tensor | None) -> tuple[int, int, int, int]:
+        """Strides of a state [rows, HV, ...] over rows, heads, values and keys."""
+        if state is None:
+            return 0, 0, 0, 0
+        n, h, first, second = state.stride()
+        return (n, h, first, second) if self.options.state_v_first else (n, h, second, first)
+
+    def intra(self, keys: bool = False) -> None:
+        C, BK = self.C, self.BK
+        self.q_in, self.k_in, self.k_out = (self.workspace(C, BK) for _ in range(3))
+        self.decay = self.workspace(BK, dtype=torch.float32)
+        self.betas = self.workspace(C, dtype=torch.float32)
+        self.queries, self.solver = (self.workspace(C, C) for _ in range(2))
+        self.keys = self.workspace(C, C) if keys else None
+        self.factors = self.workspace(2, C, dtype=torch.float32) if keys else None
+        intra_kernel[(self.slots * self.HV,)](
+            self.q, self.k, self.g, self.beta, self.A_log, self.dt_bias, self.cu_seqlens,
+            self.q_in, self.k_in, self.k_out, self.decay, self.betas, self.factors,
+            self.keys, self.queries, self.solver,
+            self.options.scale, self.lower_bound,
+            self.T, self.rows, self.H, self.HV, self.K,
+            **self.common, **self.activations, LEVELS=C.bit_length() - 1,
+            BLOCK=min(BK, INTRA.block), num_warps=INTRA.warps, num_stages=1,
+        )  # fmt: skip
+
+    def _columns(self) -> tuple[int, int]:
+        """Value channels of a program, and all of them padded."""
+        return SCAN.block, triton.cdiv(self.V, SCAN.block) * SCAN.block
+
+    def _segment(self, programs: int) -> int:
+        """Tokens of a segment, where ``programs`` would run without segments.
+
+        So many that runs of all segments fill the chip, but not so few that a summary, which costs
+        more than a run, does not pay; longer than any sequence where one segment is enough.
+        """
+        chunks = triton.cdiv(self.T, self.C)
+        pieces = min(FILLS_CHIP // max(programs, 1), chunks // SHORTEST_SEGMENT)
+        return self.C * (triton.cdiv(chunks, pieces) if pieces > 1 else chunks + 1)
+
+    def _operands(self):
+        return (
+            self.cu_seqlens, self.q_in, self.k_in, self.k_out, self.decay, self.betas,
+            self.queries, self.solver,
+        )  # fmt: skip
+
+    def _sizes(self, segment: int):
+        return segment, self.T, self.rows, self.HV, self.K, self.V
+
+    def _summaries(self, segments: int, VP: int) -> tuple[Tensor, tuple[int, int, int, int]]:
+        rows, columns = VP + self.BK, self.BK
+        summaries = self.decay.new_empty(segments, self.HV, rows, columns)
+        return summaries, (self.HV * rows * columns, rows * columns, columns, 1)
+
+    def _join(self, summaries, VP, state, segment, reverse: bool) -> None:
+        join_kernel[(self.N * self.HV * (VP // 16),)](
+            summaries, self.cu_seqlens, state, self.strides(state), *self._sizes(segment),
+            BK=self.BK, BV=16, VP=VP, BLOCK=32, REVERSE=reverse, num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+    def advance(self, o, state, final, h) -> None:
+        BV, VP = self._columns()
+        segment = self._segment(self.N * self.HV * (VP // BV))
+        _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
+        strides, nowhere = self.strides(state), (0, 0, 0, 0)
+
+        def run(state, strides, o, h, final, final_strides, columns):
+            advance_kernel[(segments * self.HV * (columns // BV),)](
+                self.v, *self._operands(), state, strides,
+                o, h, nowhere if h is None else self.strides(h[0]), None, final, final_strides,
+                *self._sizes(segment), **self.common, BV=BV, VP=VP, COLUMNS=columns,
+                SUMMARISE=columns > VP, EVERY=0 if h is None else self.options.chunk_size // self.C,
+                num_warps=SCAN.warps, num_stages=self.stages,
+            )  # fmt: skip
+
+        if segment <= self.T:
+            summaries, inner = self._summaries(segments, VP)
+            run(None, nowhere, None, None, summaries, inner, VP + self.BK)
+            self._join(summaries, VP, state, segment, reverse=False)
+            state, strides = summaries, inner
+        run(state, strides, o, h, final, self.strides(final), VP)
+
+    def scans(self, do, state, dstate, dinitial):
+        BV, VP = self._columns()
+        segment = self._segment(2 * self.N * self.HV * (VP // BV))
+        _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
+        values, solved = (self.workspace(self.C, VP) for _ in range(2))
+        states, dstates = (self.workspace(VP, self.BK) for _ in range(2))
+        tile, nowhere = (self.HV * VP * self.BK, VP * self.BK, self.BK, 1), (0, 0, 0, 0)
+
+        def run(forward, strides, backward, dstrides, columns):
+            """``forward`` is the state, the states to write, v' and the last state, and so on."""
+            scans_kernel[(2 * segments * self.HV * (columns // BV),)](
+                self.v, do, *self._operands(),
+                forward[0], strides[0], forward[1], tile, *forward[2:], strides[1],
+                backward[0], dstrides[0], *backward[1:], dstrides[1],
+                *self._sizes(segment), **self.common, BV=BV, VP=VP, COLUMNS=columns,
+                SUMMARISE=columns > VP, num_warps=SCAN.warps, num_stages=self.stages,
+            )  # fmt: skip
+
+        strides, dstrides = self.strides(state), self.strides(dstate)
+        if segment <= self.T:
+            (ahead, inner), (back, _) = (self._summaries(segments, VP) for _ in range(2))
+            starts = nowhere, inner
+            run((None,) * 3 + (ahead,), starts, (None,) * 3 + (back,), starts, VP + self.BK)
+            self._join(ahead, VP, state, segment, reverse=False)
+            self._join(back, VP, dstate, segment, reverse=True)
+            state, strides, dstate, dstrides = ahead, inner, back, inner
+        ahead = (state, states, values, None), (strides, nowhere)
+        back = (dstate, dstates, solved, dinitial), (dstrides, self.strides(dinitial))
+        run(*ahead, *back, VP)
+        return values, solved, states, dstates
+
+    def recurrent(
+        self, state, o, final, indices=None, accepted=None, in_place: bool = False
+    ) -> None:
+        BK = triton.next_power_of_2(self.K)
+        BV = min(triton.next_power_of_2(self.V), RECURRENT.block)
+        blocks = triton.cdiv(self.V, BV)
+        recurrent_kernel[(self.rows * self.HV * blocks,)](
+            self.q, self.k, self.v, self.g, self.beta, self.A_log, self.dt_bias, self.cu_seqlens,
+            state, self.strides(state), o, final, self.strides(final),
+            None if indices is None else indices.contiguous(),
+            None if accepted is None else accepted.contiguous(),
+            self.options.scale, self.lower_bound,
+            self.T, self.rows, 0 if indices is None else indices.shape[1],
+            self.H, self.HV, self.K, self.V, BK=BK, BV=BV, BLOCKS=blocks, **self.activations,
+            CHANNELWISE=self.beta.dim() == 4, IN_PLACE=in_place,
+            num_warps=RECURRENT.warps, num_stages=1,
+        )  # fmt: skip
+
+    def gradients(self, do, values, solved, states, dstates):
+        VP, BLOCK, GROUP = values.shape[-1], min(self.BK, GRADIENTS.block), self.HV // self.H
+        blocks = self.BK // BLOCK
+        dq, dk, dv, dg, dbeta = (
+            torch.empty_like(x) for x in (self.q, self.k, self.v, self.g, self.beta)
+        )
+        along = self.decay.new_empty(self.slots, self.H, blocks, 2, self.C)
+        dbetas = self.decay.new_empty(self.slots, self.HV, blocks, self.C)
+        dA_log = ddt_bias = None
+        if self.A_log is not None:
+            dA_log = self.decay.new_empty(self.slots, self.HV, blocks)
+        if self.dt_bias is not None:
+            ddt_bias = torch.empty_like(self.decay)
+        gradients_kernel[(self.slots * self.H * blocks,)](
+            self.q, self.k, self.v, self.g, self.beta, self.A_log, self.dt_bias,
+            self.cu_seqlens, do, self.betas, self.factors, self.keys,
+            values, solved, states, dstates, dq, dk, dv, dg, along, dbetas, dA_log, ddt_bias,
+            self.options.scale, self.lower_bound,
+            self.T, self.rows, self.H, self.HV, self.K, self.V,
+            **self.common, BLOCK=BLOCK, VP=VP, BV=min(VP, 64), GROUP=GROUP,
+            GATE=self.options.gate, num_warps=GRADIENTS.warps, num_stages=1,
+        )  # fmt: skip
+        finish_kernel[(self.slots * self.H,)](
+            self.q, self.k, self.beta, self.cu_seqlens, self.factors, along, dbetas, dq, dk, dbeta,
+            self.T, self.rows, self.H, self.HV, self.K,
+            C=self.C, BK=self.BK, BLOCKS=blocks, GROUP=GROUP, **self.beta_flags,
+            QK_L2NORM=self.options.qk_l2norm, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        if dA_log is not None:
+            dA_log = dA_log.sum((0, 2), dtype=torch.float64)
+        if ddt_bias is not None:
+            ddt_bias = ddt_bias.sum(0, dtype=torch.float64)[:, : self.K]
+        parameters = self._like(self.A_log, dA_log), self._like(self.dt_bias, ddt_bias)
+        return dq, dk, dv, dg, dbeta, *parameters
+
+    def _like(self, parameter: Tensor | None, gradient: Tensor | None) -> Tensor:
+        if parameter is None or gradient is None:
+            return absent(self.q)
+        return gradient.reshape(parameter.shape).to(parameter.dtype)
+
+    def no_gradients(self):
+        zeros = (torch.zeros_like(x) for x in (self.q, self.k, self.v, self.g, self.beta))
+        parameters = (
+            absent(self.q) if x is None else torch.zeros_like(x) for x in (self.A_log, self.dt_bias)
+        )
+        return *zeros, *parameters

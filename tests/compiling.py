@@ -1,0 +1,57 @@
+"""Compile what a call would launch, for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_OPTIONS = ("num_warps", "num_stages")
+
+
+@contextlib.contextmanager
+def compiling(capability: int) -> Iterator[list[Any]]:
+    """Inside, launches on CPU tensors compile their kernels for sm_``capability`` and run nothing.
+
+    Yields a list that fills with what is compiled, each kernel and specialisation once.
+    """
+    compiled: list[Any] = []
+    known = set()
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        signature, constants, attributes = {}, {}, {}
+        for parameter in kernel.params:
+            value = values[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = _POINTERS[value.dtype]
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            else:
+                signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+        options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
+        key = kernel.fn, repr((signature, constants, options))
+        if key not in known:
+            known.add(key)
+            source = ASTSource(kernel, signature, constants, attributes)
+            target = GPUTarget("cuda", capability, 32)
+            compiled.append(triton.compile(source, target=target, options=options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield compiled

@@ -1,0 +1,168 @@
+"""The softmax engine's kernels on a GPU: every line of the launch tables, and what they promise."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import softmax_calls
+import torch
+from torch.nn.functional import logsigmoid
+
+from fla.ops.attn import attn_decoding_one_step, backward, blocks, forward, parallel_attn
+from fla.testing.compare import measure, relative_error
+
+pytestmark = pytest.mark.gpu
+PARTS = 8
+
+
+@pytest.mark.parametrize("launch", [*softmax_calls.training(), *softmax_calls.decoding()], ids=str)
+def test_every_launch(launch):
+    with launch.on_its_gpu():
+        found = measure(launch.spec, launch.shape, launch.variant, launch.dtype, "cuda")
+    wrong = {name: pair for name, pair in found.items() if not pair[0] <= pair[1]}
+    assert found and not wrong, wrong
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_launch_stays_in_its_memory(part):
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    sanitizer = ["compute-sanitizer", "--error-exitcode=1", "--kernel-name=kns=_kernel"]
+    program = [sys.executable, softmax_calls.__file__, str(part), str(PARTS)]
+    result = subprocess.run([*sanitizer, *program], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert "ERROR SUMMARY: 0 errors" in result.stdout
+
+
+def operands(T, HQ=4, H=2, D=64, gate=None, dtype=torch.bfloat16, B=1):
+    torch.manual_seed(T)
+    q, do = torch.randn(2, B, T, HQ, D, device="cuda", dtype=dtype)
+    k, v = torch.randn(2, B, T, H, D, device="cuda", dtype=dtype)
+    g = None if gate is None else logsigmoid(torch.randn(B, T, HQ, device="cuda") + gate)
+    return q, k, v, g, do
+
+
+def run(q, k, v, g, do, **more):
+    """o and all gradients."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, g) if x is not None]
+    o = parallel_attn(*leaves, **more)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+
+@pytest.mark.parametrize("gate", [None, 4.0])
+@pytest.mark.parametrize("window", [None, 100])
+def test_repeats_bit_for_bit(gate, window):
+    arguments = operands(1000, gate=gate)
+    bounds = torch.tensor([0, 0, 300, 301, 1000, 1000], device="cuda")
+    more = {"window_size": window, "cu_seqlens": bounds}
+    first, second = run(*arguments, **more), run(*arguments, **more)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("gate", [0.0, 4.0])
+def test_what_is_left_out_does_not_show(gate):
+    q, k, v, g, do = operands(4096, gate=gate, dtype=torch.float32)
+    found = run(q, k, v, g, do)
+    with blocks.nothing_left_out():
+        expected = run(q, k, v, g, do)
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(found, expected, strict=True))
+
+
+def test_gates_that_grow_leave_nothing_visible_out():
+    """A document that nothing survives at first, and that a later gate brings back."""
+    q, k, v, _, do = operands(1024, dtype=torch.float32)
+    g = torch.full((1, 1024, 4), -0.3, device="cuda")
+    g[:, 700:] = 0.6
+    found = run(q, k, v, g, do)
+    with blocks.nothing_left_out():
+        expected = run(q, k, v, g, do)
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(found, expected, strict=True))
+
+
+def test_capture_and_replay_with_other_boundaries():
+    q, k, v, g, do = operands(777, gate=2.0, dtype=torch.float32)
+    q, k, v, g = (x.requires_grad_() for x in (q, k, v, g))
+    bounds = torch.tensor([0, 100, 100, 640, 700], device="cuda", dtype=torch.int32)
+
+    def step():
+        o = parallel_attn(q, k, v, g, cu_seqlens=bounds)
+        return [o, *torch.autograd.grad(o, (q, k, v, g), do)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for other in ([0, 777, 777, 777, 777], [0, 0, 1, 65, 129], [0, 300, 301, 301, 777]):
+        bounds.copy_(torch.tensor(other))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_decoding_is_captured():
+    torch.manual_seed(0)
+    q = torch.randn(1, 3, 8, 64, device="cuda")
+    k, v = torch.randn(2, 1, 3000, 2, 64, device="cuda")
+    bounds = torch.tensor([0, 1000, 1000, 3000], device="cuda", dtype=torch.int32)
+    attn_decoding_one_step(q, k, v, cu_seqlens=bounds)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attn_decoding_one_step(q, k, v, cu_seqlens=bounds)
+    for other in ([0, 0, 0, 3000], [0, 17, 2000, 2500]):
+        bounds.copy_(torch.tensor(other))
+        graph.replay()
+        assert torch.equal(captured, attn_decoding_one_step(q, k, v, cu_seqlens=bounds))
+
+
+def test_nothing_is_copied_to_the_host_and_nothing_compiled_again():
+    kernels = (forward.forward_kernel, backward.queries_kernel, backward.keys_kernel)
+    run(*operands(640, gate=2.0))
+    compiled = [len(kernel.device_caches[0][0]) for kernel in kernels]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for T in (1, 15, 16, 17, 64, 333, 1024):
+            run(*operands(T, gate=2.0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert compiled == [len(kernel.device_caches[0][0]) for kernel in kernels]
+
+
+def test_tokens_behind_the_last_sequence():
+    """They are not read, and what belongs to them is zero."""
+    arguments = [x.clone() for x in operands(500, gate=2.0, dtype=torch.float32)]
+    for x in arguments:
+        x[:, 300:] = float("nan")
+    bounds = torch.tensor([0, 120, 300], device="cuda")
+    found = run(*arguments, cu_seqlens=bounds)
+    expected = run(*(x[:, :300] for x in arguments), cu_seqlens=bounds)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a[:, :300], b) and not a[:, 300:].any()
+
+
+def test_memory():
+    """Beside inputs, outputs and gradients, only vectors along time."""
+    q, k, v, g, do = operands(8192, 16, 4, 128, gate=4.0)
+    run(q, k, v, g, do)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = run(q, k, v, g, do)
+    extra = torch.cuda.max_memory_allocated() - before
+    o, *gradients = (x.numel() * x.element_size() for x in results)
+    assert extra < o + 4 * q[..., 0].numel() + 3 * sum(gradients)
+
+
+def test_beyond_two_to_the_31_elements():
+    T, last = 2**19 + 2**14, 1000
+    q, k, v, _, do = operands(T, 32, 8, 128)
+    found = run(q, k, v, None, do, window_size=100)
+    tail = slice(T - 1024, None)
+    expected = run(*(x[:, tail] for x in (q, k, v)), None, do[:, tail], window_size=100)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a[:, -(last - 100) :], b[:, -(last - 100) :]) < 1e-3

@@ -1,0 +1,116 @@
+"""The softmax engine's kernels without a GPU: interpreted, and compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from compiling import compiling
+from softmax_calls import HEADS, LIMITS
+
+from fla.ops.attn import backward, blocks, forward, split_decoding
+from fla.ops.attn import triton as implementation
+from fla.ops.attn.engine import DecodingOptions, Options
+
+TABLES = {
+    "forward": forward.LINES,
+    "queries": backward.QUERY_LINES,
+    "keys": backward.KEY_LINES,
+    "decoding": split_decoding.LINES,
+}
+INTERPRETED = """
+import json, torch
+from unittest import mock
+from fla.ops.attn import engine
+from fla.testing import Shape, all_specs
+from fla.testing.compare import measure
+
+shapes = [
+    (Shape(T=65, group=2), torch.float32),
+    (Shape.packed(0, 5, 0, 0, 64, 140, 1, 0, K=33, V=20), torch.float32),
+    (Shape(T=80, B=1), torch.float16),
+]
+torch.set_num_threads(1)
+with mock.patch.object(engine, "lacks_triton", lambda device, dtype: None):
+    for spec in all_specs():
+        if spec.name in ("parallel_attn", "attn_decoding_one_step"):
+            for i, variant in enumerate(spec.variants):
+                shape, dtype = shapes[i % 3]
+                found = measure(spec, shape, variant, dtype)
+                print(json.dumps([spec.name, variant, str(shape), found]))
+"""
+
+
+def test_interpreted():
+    """Every variant against the textbook, in a process where Triton interprets its kernels."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    calls = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(calls) > 10
+    for *call, found in calls:
+        assert found and all(error <= bound for error, bound in found.values()), (call, found)
+
+
+def chosen(size, K, V, shared, window=None):
+    """The line of each table that a call gets on a GPU with so much shared memory."""
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    q, v = torch.empty(1, 9, 1, K, dtype=dtype), torch.empty(1, 9, 1, V, dtype=dtype)
+    with mock.patch.object(blocks, "_shared_memory", lambda device: shared):
+        call = blocks.Call(q, v, None, 1.0, window)
+        return {name: call.choose(table) for name, table in TABLES.items()}
+
+
+def cases():
+    """Calls that between them get every line, each at its largest heads."""
+    seen = set()
+    for size, heads in HEADS.items():
+        for window in (None, 8):
+            for shared in reversed(LIMITS):
+                for K, V in reversed(heads):
+                    lines = set(chosen(size, K, V, shared, window).items())
+                    if not lines <= seen:
+                        seen |= lines
+                        yield size, K, V, shared, window
+
+
+def test_every_line_has_a_use():
+    used = {line for case in cases() for line in chosen(*case).items()}
+    assert used == {(name, line) for name, table in TABLES.items() for line in table}
+    assert all(len(table) <= 12 for table in TABLES.values())
+
+
+def test_a_block_of_queries_is_filled_before_it_is_read():
+    for case in cases():
+        lines = chosen(*case)
+        assert lines["keys"].BM <= lines["queries"].BM, case
+
+
+@pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(other, marks=pytest.mark.wide) for other in (80, 100))]
+)
+@pytest.mark.parametrize("size,K,V,shared,window", list(cases()))
+def test_every_line_compiles(size, K, V, shared, window, capability):
+    """With gates, which takes the most, and within the shared memory that the line states."""
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    q, k = torch.empty(2, 1, 9, 2, K, dtype=dtype)
+    v = torch.empty(1, 9, 2, V, dtype=dtype)
+    g, lse, bounds = torch.empty(1, 9, 2), torch.empty(1, 2, 9), torch.zeros(2, dtype=torch.int32)
+    lines = chosen(size, K, V, shared, window)
+    limited = mock.patch.object(blocks, "_shared_memory", lambda device: shared)
+    with limited, compiling(capability) as compiled:
+        implementation.forward(q, k, v, g, None, None, Options(1.0, window))
+        implementation.backward(v, q, k, v, g, None, None, v, lse, Options(1.0, window))
+        implementation.decode(q[:, :1], k, v, g, None, bounds, DecodingOptions(1.0))
+    stated = {f"{name}_kernel": line.shared for name, line in lines.items()}
+    stated["split_kernel"] = stated.pop("decoding_kernel")
+    for kernel in compiled:
+        most = stated.get(kernel.metadata.name, 99) if capability <= 90 else 227
+        assert kernel.metadata.shared <= most << 10, kernel.metadata
