@@ -90,12 +90,17 @@ MUTANTS = [
         "if self.reverse else start[:, None] + offset",
         "if False else start[:, None] + offset",
     ),
-    Mutant("growth applied at once", LINEAR, "(exponent * 0.5).clamp_", "(exponent * 1).clamp_"),
+    Mutant(
+        "growth applied at once",
+        LINEAR,
+        "x.mul_(self._pairs).mul_(self._pairs)",
+        "x.mul_(self._pairs.square())",
+    ),
     Mutant(
         "running sums differenced",
         LINEAR,
-        "return g[..., None].expand(*g.shape, C).tril(-1).cumsum(-2)",
-        "return (g.cumsum(-1)[..., None] - g.cumsum(-1)[..., None, :]).tril(-1)",
+        "return (g[..., None] * later).cumsum(-2)",
+        "return (g.cumsum(-1)[..., None] - g.cumsum(-1)[..., None, :]) * later",
         ("test_linear_engine.py",),
     ),
     Mutant(

@@ -67,7 +67,7 @@ def softmax_engine(
     check(sizes, window_size)
     contract.number_of_sequences(q, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _forward(q, k, v, g, sink_bias, cu_seqlens, scale, window_size)[0]
+    return _differentiable(q, k, v, g, sink_bias, cu_seqlens, scale, window_size)[0]
 
 
 def decoding_engine(
@@ -200,4 +200,4 @@ def _gradients(ctx, do, _):
     return dq, dk, dv, dg, dsink, None, None, None
 
 
-differentiable(_forward, _backward, _save, _gradients)
+_differentiable = differentiable(_forward, _backward, _save, _gradients)

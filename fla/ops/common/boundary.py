@@ -36,8 +36,10 @@ def differentiable(
     backward: Any,
     save: Callable[..., None],
     gradients: Callable[..., tuple[Any, ...]],
-) -> None:
+) -> Callable[..., Any]:
     """Make ``backward`` the derivative of ``forward``, and its own derivative an error.
+
+    Returns what an engine calls in place of ``forward``.
 
     ``save(ctx, inputs, output)`` keeps what the backward wants; ``gradients(ctx, *grads)`` calls it
     and returns a gradient, or None, for each input of ``forward``.
@@ -54,6 +56,14 @@ def differentiable(
         raise RuntimeError(f"{name} has no second derivative")
 
     torch.library.register_autograd(backward.name(), refuse, lib=_library)
+
+    def call(*args):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return forward(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # its Python layer costs a decoding step dear
+            return forward(*args)
+
+    return call
 
 
 def absent(like: torch.Tensor) -> torch.Tensor:

@@ -30,10 +30,10 @@ def public(function: Function) -> Function:
 
     @functools.wraps(function)
     def face(*args, **kwargs):
-        for name in kwargs:
-            if name not in known:
-                hint = f": {_HINTS[name]}" if name in _HINTS else ""
-                raise TypeError(f"{name}: {function.__name__} has no such argument{hint}")
+        if not known.issuperset(kwargs):
+            name = next(name for name in kwargs if name not in known)
+            hint = f": {_HINTS[name]}" if name in _HINTS else ""
+            raise TypeError(f"{name}: {function.__name__} has no such argument{hint}")
         return function(*args, **kwargs)
 
     return face  # type: ignore[return-value]
@@ -70,15 +70,13 @@ def operands(sizes: dict[str, int] | None = None, **expected: tuple[Any, str]) -
 
 
 def _bind(sizes: dict[str, int], name: str, tensor: torch.Tensor, letters: list[str]) -> None:
-    fits = tensor.dim() == len(letters)
+    shape = tensor.shape
+    fits = len(shape) == len(letters)
     if fits:
-        for letter, size in zip(letters, tensor.shape, strict=True):
-            if letter.isdigit():
-                fits = fits and size == int(letter)
-            elif letter not in sizes:
-                sizes[letter] = size
-            else:
-                fits = fits and size == sizes[letter]
+        for letter, size in zip(letters, shape, strict=True):
+            bound = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+            if bound != size:
+                fits = False
     if not fits:
         expected = ", ".join(letters)
         known = [letter if letter.isdigit() else sizes.get(letter, letter) for letter in letters]

@@ -12,7 +12,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -22,8 +22,7 @@ from fla.ops.common.device import lacks_triton
 _forced: list[str] = []
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What an implementation may object to: where the tensors are, what they hold, the options."""
 
     device: torch.device

@@ -66,7 +66,7 @@ def delta_engine(
         state = (initial_state, f"N HV {_tail(options)}")
         contract.operands(sizes, q=(q, "B T H K"), initial_state=state)
     operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu
-    o, final_state, h = _forward(*operands, *_scaled(options, sizes))
+    o, final_state, h = _differentiable(*operands, *_scaled(options, sizes))
     return (
         o,
         final_state if options.output_final_state else None,
@@ -305,4 +305,4 @@ def _gradients(ctx, do, dstate, _):
     return *gradients, None, None, *[None] * len(ctx.options)
 
 
-differentiable(_forward, _backward, _save, _gradients)
+_differentiable = differentiable(_forward, _backward, _save, _gradients)

@@ -15,10 +15,11 @@ from fla.ops.common.device import accumulator
 from fla.ops.common.sequences import Carry, Chunks, Sequences
 
 NORMALIZER_EPS = 1e-10
-_LARGEST_CHUNK = 64
+# Products grow with a chunk, the scan of the states with their size over the chunk.
+_LARGEST_CHUNK, _LARGEST_CHUNK_OF_SMALL_STATES, _SMALL_STATE = 64, 32, 64 * 64
 # Elements of one operand in a run of chunks: small enough for a core's cache, large enough that
 # PyTorch's overhead a call does not show.
-_RUN = 1 << 18
+_RUN = 1 << 17
 # exp(x) is finite in fp32 up to here
 _LARGEST_EXPONENT = 88.0
 
@@ -33,8 +34,8 @@ def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options):
     for start, stop in walk.runs():
         b_q, b_k, b_v, decay = walk.load(start, stop)
         before = walk.states(carry, start, stop, b_k, b_v, decay)
-        attention = decay.pairs(b_q @ b_k.mT)
-        b_o = (decay.into(decay.into(b_q) @ before) + attention @ b_v) * options.scale
+        b_o = decay.into(decay.into(b_q) @ before)
+        b_o = _add_product(b_o, decay.pairs(b_q @ b_k.mT), b_v, options.scale)
         if norm is not None:
             b_norm = b_o[..., V] + NORMALIZER_EPS
             walk.chunks.put(norm, start, stop, b_norm)
@@ -109,7 +110,7 @@ def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float) -> Tenso
     out = q.new_zeros(B, H, T, T)
     k = k.transpose(1, 2).to(dtype)
     if g is not None:
-        g = g.transpose(1, 2).to(dtype)
+        g = _half(g.transpose(1, 2).to(dtype))
         since = g.new_zeros(B, H, 0)  # decay from each earlier key to the block of rows
     for start in range(0, T, _LARGEST_CHUNK):
         stop = min(start + _LARGEST_CHUNK, T)
@@ -121,10 +122,16 @@ def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float) -> Tenso
         span = _spans(g[..., start:stop])
         into = g[..., start:stop].cumsum(-1)
         span = torch.cat([since[..., None, :] + into[..., None], span], -1)
-        half = _half(span)
+        since = span[..., -1, :].clone()
+        half = _grow(span)
         out[:, :, start:stop, :stop] = pairs.mul_(half).mul_(half).tril_(start)
-        since = span[..., -1, :]
     return out
+
+
+def _add_product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale (x + a @ b), in one pass over x."""
+    x_, a_, b_ = (each.flatten(0, -3) for each in (x, a, b))
+    return torch.baddbmm(x_, a_, b_, beta=scale, alpha=scale).view(x.shape)
 
 
 def _spans(g: Tensor) -> Tensor:
@@ -133,17 +140,21 @@ def _spans(g: Tensor) -> Tensor:
     Every sum runs on its own.  The difference of two sums from the start would lose a near decay
     beside a far larger one.
     """
-    C = g.shape[-1]
-    return g[..., None].expand(*g.shape, C).tril(-1).cumsum(-2)
+    later = g.new_ones(g.shape[-1], g.shape[-1]).tril_(-1)
+    return (g[..., None] * later).cumsum(-2)
 
 
-def _half(exponent: Tensor) -> Tensor:
-    """exp(exponent / 2), to be applied twice.
+def _half(g: Tensor) -> Tensor:
+    """Half of each log-decay: what is summed, raised by ``_grow`` and then applied twice.
 
     A gate may grow.  Half of the exponent stays finite for as long as the product can, so that
-    0 · inf never turns a result that is representable into NaN.
+    0 · inf never turns a result that is representable into NaN.  Nor does a decay of −inf.
     """
-    return (exponent * 0.5).clamp_(max=_LARGEST_EXPONENT).exp_()
+    return (g * 0.5).clamp_(min=torch.finfo(g.dtype).min)
+
+
+def _grow(exponent: Tensor) -> Tensor:
+    return exponent.clamp_(max=_LARGEST_EXPONENT).exp_()
 
 
 class _Decay:
@@ -155,8 +166,9 @@ class _Decay:
     def __init__(self, g: Tensor | None):
         self.gated = g is not None
         if g is not None:
-            self._pairs = _half(_spans(g))  # [.., C, C], from key to query
-            self._into = _half(g.cumsum(-1))[..., None]  # [.., C, 1], from the state before
+            g = _half(g)
+            self._pairs = _grow(_spans(g))  # [.., C, C], from key to query
+            self._into = _grow(g.cumsum(-1))[..., None]  # [.., C, 1], from the state before
             self._out = self._pairs[..., -1, :, None]  # [.., C, 1], to the state after
             self._total = self._into[..., -1:, :]  # [.., 1, 1], from state to state
 
@@ -173,12 +185,9 @@ class _Decay:
     def total(self, x: Tensor) -> Tensor:
         return x * self._total if self.gated else x
 
-    def add(self, added: Tensor, state: Tensor, at: int) -> Tensor:
-        """The state after slot ``at``: both halves on ``state``, and what was added."""
-        if not self.gated:
-            return added + state
-        half = self._total[at]
-        return torch.addcmul(added, state * half, half)
+    def totals(self) -> tuple[Tensor, ...] | None:
+        """Half of each slot's decay from state to state."""
+        return self._total.unbind() if self.gated else None
 
 
 class _Walk:
@@ -189,9 +198,11 @@ class _Walk:
         self.q, self.k, self.v, self.g, self.g_gamma = q, k, v, g, g_gamma
         self.options = options
         sequences = Sequences.of(q, cu_seqlens)
-        size = options.chunk_size or sequences.fitting_chunk(_LARGEST_CHUNK)
-        self.chunks: Chunks = sequences.chunks(size, options.reverse)
         self.N, (self.K, self.V) = sequences.N, (k.shape[-1], v.shape[-1])
+        small = self.K * self.V <= _SMALL_STATE
+        largest = _LARGEST_CHUNK_OF_SMALL_STATES if small else _LARGEST_CHUNK
+        size = options.chunk_size or sequences.fitting_chunk(largest)
+        self.chunks: Chunks = sequences.chunks(size, options.reverse)
 
     def runs(self) -> list[tuple[int, int]]:
         H, K, V = self.q.shape[2], self.K, self.V
@@ -250,10 +261,14 @@ class _Walk:
 
 def _scan(carry: Carry, slots: range, added: Tensor, decay: _Decay) -> Tensor:
     """S ← total ∘ S + added, slot by slot; returns the S that each slot was entered with."""
-    entered = torch.empty_like(added)
-    first = min(slots)
+    states, totals = list(added.unbind()), decay.totals()
     for slot in slots:
+        i = slot - min(slots[0], slots[-1])
         state = carry.enter(slot)
-        entered[slot - first] = state
-        carry.leave(slot, decay.add(added[slot - first], state, slot - first))
-    return entered
+        if totals is None:
+            after = states[i] + state
+        else:
+            after = torch.addcmul(states[i], state * totals[i], totals[i])
+        states[i] = state
+        carry.leave(slot, after)
+    return torch.stack(states)

@@ -59,7 +59,7 @@ def linear_engine(
     check(q, k, v, g, g_gamma, initial_state, initial_z, state_v_first, cu_seqlens, cu_seqlens_cpu)
     if chunk_size is not None:
         contract.one_of("chunk_size", chunk_size, CHUNK_SIZES)
-    o, state, z, _ = _forward(
+    o, state, z, _ = _differentiable(
         q,
         k,
         v,
@@ -212,4 +212,4 @@ def _gradients(ctx, do, dstate, dz, _):
     return dq, dk, dv, dg, None, dstate, dz, None, None, *[None] * len(ctx.options)
 
 
-differentiable(_forward, _backward, _save, _gradients)
+_differentiable = differentiable(_forward, _backward, _save, _gradients)
