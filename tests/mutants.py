@@ -40,7 +40,7 @@ KDA_TESTS = ("test_kda.py", "test_operators.py")
 ATTN_TESTS = ("test_attn.py", "test_operators.py")
 
 MUTANTS = [
-    Mutant("scale dropped", LINEAR, "@ b_v) * options.scale", "@ b_v)"),
+    Mutant("scale dropped", LINEAR, "b_v, options.scale)", "b_v, 1.0)"),
     Mutant(
         "gate shifted by a token",
         LINEAR,
@@ -95,6 +95,7 @@ MUTANTS = [
         LINEAR,
         "x.mul_(self._pairs).mul_(self._pairs)",
         "x.mul_(self._pairs.square())",
+        ("test_linear_engine.py",),
     ),
     Mutant(
         "running sums differenced",
