@@ -10,9 +10,8 @@ READY := .venv/.ready
 help:  ## list the targets
 	@grep -h '##' $(MAKEFILE_LIST) | grep -v grep | sed 's/:.*## */: /'
 
-demo: $(READY)  ## check every operator on this machine, and draw time and memory against length
-	$(BIN)/fla check
-	$(BIN)/python -m examples.length demo/length.png
+demo: $(READY)  ## train a small model here, recall, measure, and show all in demo/page.html
+	$(BIN)/python -m examples.demo
 
 test: $(READY)  ## lint, types and the tests that need no GPU
 	$(BIN)/ruff check .

@@ -1,16 +1,162 @@
-"""``python -m benchmarks gpu --only attn|kda [options]``: one engine beside its peers."""
+"""Each engine on a GPU beside other libraries: ``python -m benchmarks gpu``.
+
+Prints ms, forward / backward, and the errors of 16-bit results against fp64; a ``!`` is slower than
+the row is to be.  The findings stand in ``benchmarks/results``.  ``--peer`` names a directory into
+which ``pip install --target DIRECTORY --no-deps fla-core==0.6.0`` has put that package.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
 
-MODULES = {"attn": "benchmarks.softmax_gpu", "kda": "benchmarks.kda_gpu"}
+import torch
+
+from benchmarks.suite import Found, Row, Suite, reached
+
+SUITES = {
+    "attn": "benchmarks.softmax_gpu",
+    "linear": "benchmarks.linear_gpu",
+    "kda": "benchmarks.kda_gpu",
+}
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# Longer than this a library does not get; the rows that it has until then count.
+PATIENCE = 400
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
-    parser.add_argument("--only", choices=MODULES, help="all engines by default")
-    chosen, rest = parser.parse_known_args(argv)
-    names = [chosen.only] if chosen.only else list(MODULES)
-    return max(importlib.import_module(MODULES[name]).main(rest) for name in names)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", choices=SUITES, help="one engine; all by default")
+    parser.add_argument("--rows", default="", metavar="NAME", help="only rows that contain NAME")
+    parser.add_argument("--peer", type=Path, metavar="DIRECTORY", help="where fla-core lies")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="DIRECTORY", help="of the JSON"
+    )
+    parser.add_argument("--library", help="measure this one here and print lines of JSON")
+    parser.add_argument("--first-call", action="store_true", help="of --library, instead of rows")
+    options = parser.parse_args(argv)
+    passed = True
+    for engine in [options.only] if options.only else SUITES:
+        suite = importlib.import_module(SUITES[engine]).SUITE
+        if options.library:
+            work(suite, options)
+        else:
+            passed &= _run(engine, suite, options)
+    return 0 if passed else 1
+
+
+def work(suite: Suite, options: argparse.Namespace) -> None:
+    """Measure a library in this process; one line of JSON for each finding."""
+    if options.library == "fla-core":  # which would take modules that it lacks from this ``fla``
+        sys.path.remove(str(ROOT))
+    if options.first_call:
+        _say("first call, s", suite.first_call() if suite.first_call else {})
+        return
+    for row in suite.rows:
+        if options.rows in row.name:
+            try:
+                found = suite.libraries[options.library](row)
+            except Exception as problem:  # the other rows are still to be measured
+                found = {"problem": f"{type(problem).__name__}: {problem}"[:300]}
+            torch.cuda.empty_cache()
+            _say(row.name, found)
+    if suite.host and options.library in ("ours", "fla-core"):
+        _say("host, ms", suite.host())
+
+
+def _say(what: str, found: Found) -> None:
+    print(json.dumps([what, found]), flush=True)
+
+
+def _run(engine: str, suite: Suite, options: argparse.Namespace) -> bool:
+    """Measure a suite in all its libraries; write and print what was found."""
+    libraries = [name for name in suite.libraries if name != "fla-core" or options.peer]
+    found = {name: _apart(engine, name, options) for name in libraries}
+    if suite.first_call:
+        with tempfile.TemporaryDirectory() as cache:
+            found["ours"] |= _apart(engine, "ours", options, "--first-call", cache=cache)
+    rows = [row for row in suite.rows if options.rows in row.name]
+    measured = [
+        dataclasses.asdict(row)
+        | {name: each[row.name] for name, each in found.items() if each.get(row.name)}
+        for row in rows
+    ]
+    costs = {
+        what: {name: each[what] for name, each in found.items() if each.get(what)}
+        for what in ("host, ms", "first call, s")
+    }
+    if not options.rows:
+        options.out.mkdir(parents=True, exist_ok=True)
+        record = {**_machine(), **costs, "rows": measured}
+        (options.out / f"{suite.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    for name, each in found.items():
+        for row in rows:
+            if "problem" in each.get(row.name, {"problem": "no answer"}):
+                print(f"{name}: {row.name}: {each.get(row.name, {}).get('problem', 'no answer')}")
+    for what, each in costs.items():
+        for name, cost in each.items():
+            print(f"{what}, {name}:", ", ".join(f"{x} {y:.3g}" for x, y in cost.items()))
+    print(*suite.remarks(measured), sep="\n")
+    print(*_table(rows, measured, libraries), sep="\n")
+    return all(reached(row, each.get("ours", {})) for row, each in zip(rows, measured, strict=True))
+
+
+def _apart(
+    engine: str, library: str, options: Any, *more: str, cache: str = ""
+) -> dict[str, Found]:
+    """What ``work`` says in a process that finds ``fla`` in the library's directory."""
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--only", engine, "--library", library]
+    result = subprocess.run(
+        ["timeout", str(PATIENCE), *command, "--rows", options.rows, *more],
+        cwd=options.peer if library == "fla-core" else ROOT,  # comes first among the paths
+        env={**os.environ, "PYTHONPATH": str(ROOT)}
+        | ({"TRITON_CACHE_DIR": cache} if cache else {}),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("[")]
+    return dict(json.loads(line) for line in lines)
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
+    }
+
+
+def _table(rows: list[Row], measured: list[Found], libraries: list[str]) -> Iterator[str]:
+    from fla.testing.report import aligned
+
+    lines = [["forward / backward, ms", "first", *libraries, "errors"]]
+    for row, each in zip(rows, measured, strict=True):
+        cells = [_ms(each.get(name, {})) for name in libraries]
+        cells[0] += "" if reached(row, each.get("ours", {})) else " !"
+        first = " / ".join(f"{x:.2f}" for x in row.first if x is not None)
+        off = " ".join(f"{x} {y:.1e}" for x, y in each.get("ours", {}).get("errors", {}).items())
+        lines.append([row.name, first, *cells, off])
+    return aligned(lines)
+
+
+def _ms(found: Found) -> str:
+    if "problem" in found:
+        return "problem"
+    return " / ".join(f"{found[x]:.3f}" for x in ("forward", "backward") if x in found)

@@ -1,166 +1,274 @@
-"""The delta engine on a GPU: ``python -m benchmarks.kda_gpu [--out FILE]``.
-
-One line a row: median ms of the forward pass and of the backward pass alone, then the errors of
-bf16 against fp64, of two heads.
-"""
+"""The delta engine's suite: ``python -m benchmarks gpu --only kda``."""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import dataclasses
-import json
-import math
-from pathlib import Path
+import functools
+import itertools
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-PACKED = (0, 1300, 1847, 3895, 4858, 5129, 8192)
+from benchmarks import suite
+from benchmarks.suite import Call, Found, Suite
+
+PACKED = (1300, 547, 2048, 963, 271, 3063)
+# Heads that are compared with fp64, and tokens of a chunk there
+_HEADS, _CHUNK = 2, 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Row(suite.Row):
     """One call of chunk_kda in bf16, or of fused_recurrent_kda with a state in and out.
 
-    ``first`` are the ms to be reached.  Gates as a model has them: fast ones over the whole range
-    of ``lower_bound``, slow ones as it starts, mixed ones slow with −80 at every 16th token.
+    Norms, gates and sigmoids are the operator's.  Gates as a model has them: fast ones as it has
+    learnt them, slow ones as it starts, mixed ones slow with −80 at every 16th token.
     """
 
-    name: str
-    first: tuple[float | None, float | None]
     B: int = 1
     T: int = 8192
     H: int = 64
     D: int = 128
     gate: str = "fast"
     lower_bound: float | None = -5.0
-    packed: bool = False
+    lengths: tuple[int, ...] = ()
     recurrent: bool = False
+    peer: bool = False  # fla-core, which searches minutes for its launches, runs it too
 
-    def inputs(self, heads: int | None = None) -> dict[str, Any]:
-        """Keyword arguments, and do; of the first ``heads`` heads alone."""
-        generator = torch.Generator("cuda").manual_seed(0)
+    @property
+    def spans(self) -> list[slice]:
+        """Where sequences lie."""
+        stops = itertools.accumulate(self.lengths or (self.T,))
+        return [slice(a, b) for a, b in itertools.pairwise((0, *stops))]
+
+    def inputs(self, device: str = "cuda") -> Found:
+        """What a model puts in, and do."""
+        generator = torch.Generator(device).manual_seed(0)
 
         def draw(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-            return torch.randn(size, generator=generator, device="cuda", dtype=dtype)
+            return torch.randn(size, generator=generator, device=device, dtype=dtype)
+
+        def uniform(size: int, low: float, high: float) -> Tensor:
+            return torch.rand(size, generator=generator, device=device) * (high - low) + low
 
         B, T, H, D = self.B, self.T, self.H, self.D
-        made: dict[str, Any] = {name: draw(B, T, H, D) for name in ("q", "k", "v", "do", "g")}
+        made: Found = {name: draw(B, T, H, D) for name in ("q", "k", "v", "do", "g")}
         made["beta"] = draw(B, T, H)
-        made["A_log"] = torch.rand(H, generator=generator, device="cuda").mul_(15).add_(1).log_()
+        made["A_log"] = uniform(H, 1, 16).log()
         made["dt_bias"] = draw(H * D, dtype=torch.float32)
         if self.gate != "fast":
-            spread = torch.rand(H * D, generator=generator, device="cuda")
-            rate = torch.exp(spread * 4.6 - 6.9)  # e^U(−6.9, −2.3)
-            made["dt_bias"] = torch.log(
-                torch.expm1(rate / made["A_log"].exp().repeat_interleave(D))
-            )
+            made["dt_bias"] = uniform(H * D, -6.9, -2.3).exp().expm1().log()  # softplus⁻¹(e^U)
             made["g"] *= 0.1
         if self.gate == "mixed":
-            made["g"][:, ::16] = 80.0
-        few = slice(0, heads or H)
-        made = {name: x[:, :, few].contiguous() if x.dim() > 2 else x for name, x in made.items()}
-        made["A_log"] = made["A_log"][few].contiguous()
-        made["dt_bias"] = made["dt_bias"].view(H, D)[few].flatten()
-        made |= {
-            "lower_bound": self.lower_bound,
-            "use_qk_l2norm_in_kernel": True,
-            "use_gate_in_kernel": True,
-            "use_beta_sigmoid_in_kernel": True,
-        }
-        if self.packed:
-            made["cu_seqlens"] = torch.tensor(PACKED, device="cuda", dtype=torch.int32)
+            made["g"][:, ::16] = 80 * (-made["A_log"]).exp()[:, None]
         if self.recurrent:
-            made["initial_state"] = draw(B, heads or H, D, D, dtype=torch.float32)
-            made["output_final_state"] = True
+            made["initial_state"] = draw(B, H, D, D, dtype=torch.float32)
         return made
 
-    def call(self, **arguments: Any) -> Tensor:
-        from fla.ops import kda
 
-        function: Any = kda.fused_recurrent_kda if self.recurrent else kda.chunk_kda
-        return function(**arguments)[0]
+def _chunked(name: str, forward: float | None, backward: float | None, **more: Any) -> Row:
+    return Row(f"chunk_kda {name}", (forward, backward), **more)
 
 
+def _recurrent(B: int, first: float) -> Row:
+    name = f"fused_recurrent_kda B{B} T1 H32"
+    return Row(name, (first, None), B=B, T=1, H=32, recurrent=True, peer=True)
+
+
+_SOFTPLUS = {"lower_bound": None}
+_LONG = {"T": 65536, "H": 8}
+_SMALL = {"B": 2, "T": 1024, "H": 32}
 ROWS = (
-    Row("chunk_kda T8192 H64, lower bound", (0.95, 2.8)),
-    Row("chunk_kda T8192 H96, lower bound", (1.4, 4.2), H=96),
-    Row("chunk_kda T8192 H96, packed", (1.4, 4.2), H=96, packed=True),
-    Row("chunk_kda T8192 H64, softplus fast", (1.05, 3.1), lower_bound=None),
-    Row("chunk_kda T8192 H64, softplus slow", (1.05, 3.1), gate="slow", lower_bound=None),
-    Row("chunk_kda T8192 H64, softplus mixed", (1.05, 3.1), gate="mixed", lower_bound=None),
-    Row("chunk_kda T65536 H8", (1.2, 3.2), T=65536, H=8),
-    Row("chunk_kda B2 T1024 H32", (0.14, 0.36), B=2, T=1024, H=32),
-    Row("fused_recurrent_kda B256 T1 H32", (0.30, None), B=256, T=1, H=32, recurrent=True),
-    Row("fused_recurrent_kda B8 T1 H32", (0.020, None), B=8, T=1, H=32, recurrent=True),
+    _recurrent(256, 0.30),
+    _recurrent(8, 0.020),
+    _chunked("T8192 H64, lower bound", 0.95, 2.8, peer=True),
+    _chunked("T8192 H96, lower bound", 1.4, 4.2, H=96),
+    _chunked("T8192 H96, packed", 1.4, 4.2, H=96, lengths=PACKED),
+    _chunked("T8192 H64, fast", 1.05, 3.1, **_SOFTPLUS),
+    _chunked("T8192 H64, slow", 1.05, 3.1, gate="slow", **_SOFTPLUS),
+    _chunked("T8192 H64, mixed", 1.05, 3.1, gate="mixed", **_SOFTPLUS),
+    _chunked("T65536 H8", 1.2, 3.2, **_LONG),
+    _chunked("T65536 H8, slow", None, None, gate="slow", **_LONG, **_SOFTPLUS),
+    _chunked("T65536 H8, mixed", None, None, gate="mixed", **_LONG, **_SOFTPLUS),
+    _chunked("B2 T1024 H32", 0.14, 0.36, **_SMALL),
+    _chunked("B2 T1024 H32, slow", None, None, gate="slow", **_SMALL, **_SOFTPLUS),
+    _chunked("B2 T1024 H32, mixed", None, None, gate="mixed", **_SMALL, **_SOFTPLUS),
 )
+# Of this one's calls the costs of use are counted.
+_COUNTED = "B2 T1024 H32"
 
 
-def measure(row: Row) -> dict[str, Any]:
-    from triton.testing import do_bench
+def fla(row: Row, device: str = "cuda") -> Call:
+    """o of a call, from the package ``fla`` that this process finds."""
+    from fla.ops import kda
 
-    inputs = row.inputs()
+    more: Found = {
+        "lower_bound": row.lower_bound,
+        "use_qk_l2norm_in_kernel": True,
+        "use_gate_in_kernel": True,
+        "use_beta_sigmoid_in_kernel": True,
+    }
+    if row.lengths:
+        bounds = [0, *itertools.accumulate(row.lengths)]
+        more["cu_seqlens"] = torch.tensor(bounds, device=device, dtype=torch.int32)
+    if row.recurrent:
+        more["output_final_state"] = True
+    call: Any = kda.fused_recurrent_kda if row.recurrent else kda.chunk_kda
+    return lambda **inputs: call(**inputs, **more)[0]
+
+
+def measure(row: Row, library: str) -> Found:
+    """First right, then fast: errors, ms, and memory of forward and backward together."""
+    if library == "fla-core" and not row.peer:
+        return {}
+    call, inputs = fla(row), row.inputs()
     do = inputs.pop("do")
-    with torch.inference_mode():
-        time = do_bench(lambda: row.call(**inputs), 50, 150, return_mode="median")
-        found: dict[str, Any] = {"forward": time}
-    if not row.recurrent:
-        leaves = [x.requires_grad_() for x in inputs.values() if _differentiable(x)]
-        o = row.call(**inputs)
+    cotangent = None if row.recurrent else do
+    results = suite.results(call, inputs, cotangent)
+    few = {name: _few_heads(row, x) for name, x in results.items()}
+    del results
+    exact = in_fp64(row, {name: _few_heads(row, x) for name, x in {**inputs, "do": do}.items()})
+    found: Found = {"errors": suite.errors(few, {name: exact[name] for name in few})}
+    del few, exact
+    if cotangent is not None:
+        found["memory"] = suite.extra_memory(lambda: suite.results(call, inputs, do))
+    if library == "ours" and _COUNTED in row.name:
+        found["compiled again"] = compiled_again(row)
+    return found | suite.times(call, inputs, cotangent)
 
-        def backward():
-            torch.autograd.grad(o, leaves, do, retain_graph=True)
 
-        found["backward"] = do_bench(backward, 50, 150, return_mode="median")
-    if row.T <= 8192:
-        found["errors"] = errors(row)
+def _few_heads(row: Row, x: Tensor) -> Tensor:
+    """Of [B, T, H, ...] or of a parameter [H · n] what belongs to the first heads."""
+    if x.dim() == 1:
+        return x[: _HEADS * x.shape[0] // row.H]
+    return x[:, :_HEADS] if row.recurrent and x.shape[1] == row.H else x[:, :, :_HEADS]
+
+
+def in_fp64(row: Row, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """o and every gradient as the textbook has them, a chunk at a time."""
+    wide = {name: x.detach().double() for name, x in inputs.items()}
+    do = wide.pop("do")
+    leaves = {name: x.requires_grad_() for name, x in wide.items()}
+    o = _textbook(row, **leaves)
+    gradients = torch.autograd.grad(o, list(leaves.values()), do)
+    return {"o": o.detach()} | dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
+
+
+def _textbook(row, q, k, v, g, beta, A_log, dt_bias, initial_state=None) -> Tensor:
+    q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    q = q * row.D**-0.5
+    g, rate = g + dt_bias.view(-1, row.D), A_log.exp()[:, None]
+    if row.lower_bound is None:
+        g = rate * logsigmoid(-g)  # softplus(x) = −log sigmoid(−x)
+    else:
+        g = row.lower_bound * torch.sigmoid(rate * g)
+    beta = beta.sigmoid()[..., None]
+    o = []
+    for span in row.spans:
+        S = q.new_zeros(()) if initial_state is None else initial_state
+        for start in range(span.start, span.stop, _CHUNK):
+            chunk = slice(start, min(start + _CHUNK, span.stop))
+            tokens = [x[:, chunk].transpose(1, 2) for x in (q, k, v, g, beta)]  # [B, H, C, ·]
+            b_o, S = _one_chunk(S, *tokens)
+            o.append(b_o.transpose(1, 2))
+    return torch.cat(o, 1)
+
+
+def _one_chunk(S, q, k, v, g, beta) -> tuple[Tensor, Tensor]:
+    sums = g.cumsum(-2)
+    eye = torch.eye(g.shape[-2], dtype=g.dtype, device=g.device)
+    later = (eye.cumsum(0) == 0)[..., None]  # [C, C, 1], where the key comes after the query
+    between = sums[..., :, None, :] - sums[..., None, :, :]
+    between = between.masked_fill(later, -torch.inf).exp()
+    keys = torch.einsum("bhid,bhijd,bhjd->bhij", k, between, k).tril(-1)
+    queries = torch.einsum("bhid,bhijd,bhjd->bhij", q, between, k)
+    if S.dim() == 0:
+        S = S.expand(*k.shape[:2], k.shape[-1], v.shape[-1])
+    wanted = beta * (v - (k * sums.exp()) @ S)
+    values = torch.linalg.solve_triangular(eye + beta * keys, wanted, upper=False)
+    o = (q * sums.exp()) @ S + queries @ values
+    last = sums[..., -1:, :]
+    return o, last.exp().mT * S + (k * (last - sums).exp()).mT @ values
+
+
+@contextlib.contextmanager
+def _compilations() -> Iterator[list[int]]:
+    """Inside, every kernel that Triton does not know yet adds to a list."""
+    from triton import knobs
+
+    found: list[int] = []
+    with mock.patch.object(knobs.runtime, "jit_cache_hook", lambda **_: found.append(1)):
+        yield found
+
+
+def compiled_again(row: Row) -> int:
+    """Kernels that 100 other lengths and packings compile; a copy to the host is an error."""
+    lengths = [2048 + 37 * i for i in range(50)]
+    rows = [dataclasses.replace(row, B=1, T=T, H=2) for T in lengths]
+    rows += [dataclasses.replace(each, lengths=(37, each.T - 37)) for each in rows]
+    calls = [(fla(each), each.inputs()) for each in rows]
+
+    def run(call: Call, inputs: Found) -> None:
+        suite.results(call, {x: y for x, y in inputs.items() if x != "do"}, inputs["do"])
+
+    for i in (0, 49, 50, 99):
+        run(*calls[i])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with _compilations() as found:
+            for call, inputs in calls:
+                run(call, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return len(found)
+
+
+def host() -> Found:
+    """Of small calls, without gradients, and of one forward and backward."""
+    found = {}
+    small = Row("", (None, None), T=128)
+    step = dataclasses.replace(small, B=8, T=1, H=32, recurrent=True)
+    for name, row in (("chunk_kda", small), ("fused_recurrent_kda", step)):
+        call, inputs = fla(row), row.inputs()
+        do = inputs.pop("do")
+        with torch.inference_mode():
+            found[name] = suite.wall_clock(functools.partial(call, **inputs))
+        if not row.recurrent:
+            both = functools.partial(suite.results, call, inputs, do)
+            found[f"{name}, backward too"] = suite.wall_clock(both)
     return found
 
 
-def errors(row: Row) -> dict[str, float]:
-    """Of o and of every gradient, for two heads, against fp64 in whole-chunk PyTorch."""
-    inputs = row.inputs(heads=2)
+def first_call() -> Found:
+    row = Row("", (None, None), T=1024)
+    call, inputs = fla(row), row.inputs()
     do = inputs.pop("do")
-    results = []
-    for wide in (False, True):
-        given = {
-            name: x.detach().double() if wide and _differentiable(x) else x
-            for name, x in inputs.items()
-        }
-        leaves = {name: x.requires_grad_() for name, x in given.items() if _differentiable(x)}
-        o = row.call(**given)
-        gradients = torch.autograd.grad(o, list(leaves.values()), do.to(o.dtype))
-        results.append({"o": o.detach(), **dict(zip(leaves, gradients, strict=True))})
-    found, expected = results
-    return {
-        name: ((found[name] - x).norm() / x.norm()).item()
-        for name, x in expected.items()
-        if math.isfinite(x.norm().item()) and x.norm() > 0
-    }
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    forward, o = suite.seconds(lambda: call(**leaves))
+    backward, _ = suite.seconds(lambda: torch.autograd.grad(o, list(leaves.values()), do))
+    return {"forward": forward, "backward": backward}
 
 
-def _differentiable(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
+def remarks(rows: list[Found]) -> Iterator[str]:
+    for row in rows:
+        for library in ("ours", "fla-core"):
+            each = row.get(library, {})
+            if "memory" in each:
+                yield f"extra memory, {library}: {each['memory'] / 2**30:.2f} GiB  {row['name']}"
+            if "compiled again" in each:
+                yield f"compiled again over 100 lengths: {each['compiled again']}  {row['name']}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(argv)
-    table = {}
-    for row in ROWS:
-        if options.only not in row.name:
-            continue
-        table[row.name] = found = measure(row)
-        times = [f"{found[key]:.3f}" for key in ("forward", "backward") if key in found]
-        worst = ", ".join(f"{name} {x:.0e}" for name, x in found.get("errors", {}).items())
-        print(f"{row.name:38} {' / '.join(times):16} first {row.first}   {worst}", flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(table, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+SUITE = Suite(
+    "kda_gpu",
+    ROWS,
+    {name: functools.partial(measure, library=name) for name in ("ours", "fla-core")},
+    host,
+    first_call,
+    remarks,
+)

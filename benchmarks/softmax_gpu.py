@@ -1,43 +1,29 @@
-"""The softmax engine on a GPU beside other libraries, each in a process of its own.
-
-``python -m benchmarks.softmax_gpu [--peer DIRECTORY] [--out FILE]`` prints one line a row, forward
-and backward in ms, and the errors of bf16 against fp64.  DIRECTORY holds another package called
-``fla`` with the same operators; as a script, this file times whichever one its process finds.
-"""
+"""The softmax engine's suite: ``python -m benchmarks gpu --only attn``."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 import itertools
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
-Function = Callable[..., Any]
-RESULTS = Path(__file__).parent / "results" / "softmax_gpu.json"
+from benchmarks import suite
+from benchmarks.suite import Call, Found, Suite
+
 PACKED = (1300, 547, 2048, 963, 271, 3063)
+# Elements of a block of logits in fp64
+_BLOCK = 2**27
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One call in bf16.  Its gate is logsigmoid(N(gate, 1)); ``first`` are the ms to be reached."""
+class Row(suite.Row):
+    """One call in bf16.  Its gate is logsigmoid(N(gate, 1))."""
 
-    name: str
-    first: tuple[float | None, float | None]
     B: int = 1
     T: int = 8192
     HQ: int = 32
@@ -49,35 +35,39 @@ class Row:
     decoding: bool = False
     everything: bool = False  # nothing is left out
 
-    def bounds(self, device: str = "cuda") -> Tensor | None:
+    @property
+    def group(self) -> int:
+        return self.HQ // self.H
+
+    @property
+    def alone(self) -> bool:
+        """Whether the row says something of this package only."""
+        return self.everything or (self.T > 16384 and not self.decoding)
+
+    def bounds(self) -> Tensor | None:
         """Where packed sequences begin and end."""
         if not self.lengths:
             return None
-        return torch.tensor([0, *itertools.accumulate(self.lengths)], device=device).int()
+        return torch.tensor([0, *itertools.accumulate(self.lengths)], device="cuda").int()
 
-    def inputs(self, heads: int | None = None) -> dict[str, Tensor | None]:
-        """q, k, v, g and do; of the first ``heads`` key heads alone."""
+    def inputs(self) -> dict[str, Tensor]:
+        """q, k, v and do, and with a gate g."""
         generator = torch.Generator("cuda").manual_seed(0)
 
         def draw(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.randn(size, generator=generator, device="cuda", dtype=dtype)
 
-        B, T, N = self.B, self.T, len(self.lengths)
-        rows = (1, N) if self.decoding else (B, T)
+        rows = (1, len(self.lengths)) if self.decoding else (self.B, self.T)
         made = {
             "q": draw(*rows, self.HQ, self.D),
-            "k": draw(B, T, self.H, self.D),
-            "v": draw(B, T, self.H, self.D),
+            "k": draw(self.B, self.T, self.H, self.D),
+            "v": draw(self.B, self.T, self.H, self.D),
             "do": draw(*rows, self.HQ, self.D),
         }
-        some = heads or self.H
-        few = {"q": some * (self.HQ // self.H), "do": some * (self.HQ // self.H)}
-        made = {name: x[:, :, : few.get(name, some)].contiguous() for name, x in made.items()}
-        g = None
         if self.gate is not None:
-            g = draw(B, T, self.HQ, dtype=torch.float32)[:, :, : few["q"]].contiguous()
-            g = logsigmoid(g + self.gate)
-        return {**made, "g": g}
+            g = draw(self.B, self.T, self.HQ, dtype=torch.float32)
+            made["g"] = logsigmoid(g + self.gate)
+        return made
 
 
 def _decoding(name: str, first: float, N: int, keys: int, gate: float | None = None) -> Row:
@@ -101,32 +91,31 @@ ROWS = (
 )
 
 
-def fla(row: Row) -> Function:
-    """A function of q, k, v and g, from the ``fla`` that this process finds."""
-    from fla.ops import attn, forgetting_attn
+def fla(row: Row) -> Call:
+    """From the package ``fla`` that this process finds."""
+    from fla.ops.attn import parallel_attn
+    from fla.ops.attn.decoding import attn_decoding_one_step
+    from fla.ops.forgetting_attn import parallel_forgetting_attn
 
     bounds = row.bounds()
     if row.decoding:
-        from fla.ops.attn.decoding import attn_decoding_one_step
-
-        return lambda q, k, v, g: attn_decoding_one_step(q, k, v, g, cu_seqlens=bounds)
+        return functools.partial(attn_decoding_one_step, cu_seqlens=bounds)
     if row.gate is not None:
-        forget = forgetting_attn.parallel_forgetting_attn
-        return lambda q, k, v, g: forget(q, k, v, g, cu_seqlens=bounds)
-    return lambda q, k, v, g: attn.parallel_attn(q, k, v, window_size=row.window)
+        return functools.partial(parallel_forgetting_attn, cu_seqlens=bounds)
+    return functools.partial(parallel_attn, window_size=row.window)
 
 
-def torch_sdpa(row: Row, backend: str) -> Function | None:
+def torch_sdpa(row: Row, backend: str) -> Call | None:
     """PyTorch's attention on heads-first views, which cost it nothing."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if row.gate is not None or row.window or row.decoding:
         return None
 
-    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(getattr(SDPBackend, backend)):
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            grouped = row.HQ != row.H
+            grouped = row.group > 1
             return scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=grouped
             ).transpose(1, 2)
@@ -134,71 +123,69 @@ def torch_sdpa(row: Row, backend: str) -> Function | None:
     return run
 
 
-def flex(row: Row) -> Function | None:
+def flex(row: Row) -> Call | None:
     """FlexAttention, compiled, with a mask of blocks; a gate as a score of its running sum."""
+    import torch._functorch.config as functorch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    if row.decoding or row.lengths or row.everything or row.T > 8192:
+    if row.alone or row.lengths or row.T > 8192:
         return None
     window = row.window or row.T
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (i - j < window)
 
-    torch._functorch.config.donated_buffer = False  # the backward pass runs more than once
+    functorch.donated_buffer = False  # the backward pass runs more than once
     mask = create_block_mask(seen, None, None, row.T, row.T, device="cuda")
     attention = torch.compile(flex_attention)
-    score, gate = None, row.inputs()["g"]
+    score, gate = None, row.inputs().get("g")
     if gate is not None:
         sums = gate.cumsum(1).transpose(1, 2).contiguous()  # the time of which does not count
 
         def score(s, b, h, i, j):
             return s + sums[b, h, i] - sums[b, h, j]
 
-    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = attention(q, k, v, score_mod=score, block_mask=mask, enable_gqa=row.HQ != row.H)
+        out = attention(q, k, v, score_mod=score, block_mask=mask, enable_gqa=row.group > 1)
         return out.transpose(1, 2)
 
     return run
 
 
-LIBRARIES: dict[str, Callable[[Row], Function | None]] = {
+CALLS: dict[str, Callable[[Row], Call | None]] = {
     "ours": fla,
-    "fla-core": lambda row: None if row.everything else fla(row),
+    "fla-core": lambda row: None if row.alone else fla(row),
     "cudnn": functools.partial(torch_sdpa, backend="CUDNN_ATTENTION"),
     "flash": functools.partial(torch_sdpa, backend="FLASH_ATTENTION"),
     "flex": flex,
 }
 
 
-def measure(library: str, row: Row) -> dict[str, Any]:
-    """Median ms of the forward pass and of the backward pass alone, and the errors."""
-    from triton.testing import do_bench
-
-    function = LIBRARIES[library](row)
-    if function is None:
+def measure(row: Row, library: str) -> Found:
+    """First right, then fast: errors, ms, and memory of forward and backward together."""
+    call = CALLS[library](row)
+    if call is None:
         return {}
     inputs = row.inputs()
     do = inputs.pop("do")
-    time_of = functools.partial(do_bench, warmup=100, rep=200, return_mode="median")
-    with torch.inference_mode(), _context(library, row):
-        found: dict[str, Any] = {"forward": time_of(lambda: function(**inputs))}
-    gradients = not row.decoding and not (library == "flex" and row.gate is not None)
-    if gradients:
-        leaves = [x.requires_grad_() for x in inputs.values() if x is not None]
-        with _context(library, row):
-            o = function(**inputs)
-            found["backward"] = time_of(
-                lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
-            )
-        del o, leaves
-    if library in ("ours", "flash", "cudnn") and (row.decoding or row.T <= 8192):
-        found["errors"] = errors(library, row)
-    return found
+    frozen = library == "flex" and row.gate is not None  # as constants its gates have no gradients
+    cotangent = None if row.decoding or frozen else do
+    with _context(row, library):
+        results = suite.results(call, inputs, cotangent)
+        few = {name: _few_heads(row, x) for name, x in results.items()}
+        exact = in_fp64(row, {name: _few_heads(row, x) for name, x in {**inputs, "do": do}.items()})
+        found: Found = {"errors": suite.errors(few, {name: exact[name] for name in few})}
+        if cotangent is not None:
+            found["memory"] = suite.extra_memory(lambda: suite.results(call, inputs, do))
+            o, *gradients = (x.numel() * x.element_size() for x in results.values())
+            lse = 4 * do[..., 0].numel()
+            found["memory at most"] = o + lse + 3 * sum(gradients)
+        del results, few, exact
+        return found | suite.times(call, inputs, cotangent)
 
 
-def _context(library: str, row: Row) -> contextlib.AbstractContextManager[None]:
+def _context(row: Row, library: str) -> contextlib.AbstractContextManager[None]:
     if library != "ours" or not row.everything:
         return contextlib.nullcontext()
     from fla.ops.attn.blocks import nothing_left_out
@@ -206,165 +193,115 @@ def _context(library: str, row: Row) -> contextlib.AbstractContextManager[None]:
     return nothing_left_out()
 
 
-def errors(library: str, row: Row) -> dict[str, float]:
-    """RMS(found − exact) / RMS(exact) against fp64, on the query heads of one key head."""
-    one = dataclasses.replace(row, HQ=row.HQ // row.H, H=1)
-    inputs = {name: x for name, x in row.inputs(1).items() if x is not None}
+def _few_heads(row: Row, x: Tensor) -> Tensor:
+    """The heads [B, T, heads, ...] that are compared with fp64: all, or one key head's."""
+    key_heads = row.H if row.T <= 8192 else 1
+    return x[:, :, : key_heads * x.shape[2] // row.H]
+
+
+def in_fp64(row: Row, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """o and every gradient as the textbook has them, some queries at a time."""
     wide = {name: x.double() for name, x in inputs.items()}
-    found = _results(LIBRARIES[library](one), inputs, row.decoding)
-    exact = _results(_in_fp64(one), wide, row.decoding)
-    return {
-        name: ((found[name].double() - value).norm() / value.norm()).item()
-        for name, value in exact.items()
+    made = {"o": torch.empty_like(wide["do"])}
+    made |= {f"d{name}": torch.zeros_like(x) for name, x in wide.items() if name != "do"}
+    lengths = row.lengths or (row.T,)
+    stops = itertools.accumulate(lengths)
+    sequences = [slice(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]
+    for b, (n, keys) in itertools.product(range(row.B), enumerate(sequences)):
+        queries = slice(n, n + 1) if row.decoding else keys
+        of = {"q": queries, "do": queries, "o": queries, "dq": queries}
+        parts = {name: x[b, of.get(name, keys)] for name, x in (wide | made).items()}
+        _one_sequence(row, **parts)
+    return made
+
+
+def _one_sequence(row, q, k, v, do, o, dq, dk, dv, g=None, dg=None) -> None:
+    """Write o and add to the gradients of one sequence, its queries at its last positions."""
+    keys, heads = k.shape[0], q.shape[1]
+    scale = row.D**-0.5
+    sums = dsums = None
+    if g is not None:
+        sums, dsums = g.cumsum(0), torch.zeros_like(g)
+    k, v = (x.repeat_interleave(row.group, 1) for x in (k, v))
+    step = max(_BLOCK // (keys * heads), 1)
+    for start in range(0, q.shape[0], step):
+        b = slice(start, start + step)
+        i = torch.arange(keys - q.shape[0], keys, device=q.device)[b]
+        j = slice(max(int(i[0]) + 1 - (row.window or keys), 0), int(i[-1]) + 1)
+        seen = i[:, None] - torch.arange(j.start, j.stop, device=q.device)
+        seen = (seen >= 0) & (seen < (row.window or keys))
+        s = scale * torch.einsum("ihd,jhd->hij", q[b], k[j])
+        if sums is not None:
+            s += sums[i].T[:, :, None] - sums[j].T[:, None, :]
+        p = s.masked_fill_(~seen, -torch.inf).softmax(-1)
+        o[b] = torch.einsum("hij,jhd->ihd", p, v[j])
+        if row.decoding:
+            continue
+        ds = torch.einsum("ihd,jhd->hij", do[b], v[j])
+        ds = ds.sub_((do[b] * o[b]).sum(-1).T[:, :, None]).mul_(p)
+        dq[b] = scale * torch.einsum("hij,jhd->ihd", ds, k[j])
+        for into, left, right, factor in ((dk, ds, q, scale), (dv, p, do, 1.0)):
+            added = factor * torch.einsum("hij,ihd->jhd", left, right[b])
+            into[j] += added.unflatten(1, (-1, row.group)).sum(2)
+        if dsums is not None:
+            dsums[i] += ds.sum(2).T
+            dsums[j] -= ds.sum(1).T
+    if dsums is not None:
+        dg += dsums.flip(0).cumsum(0).flip(0)
+
+
+def host() -> Found:
+    """Of small calls, without gradients, and of one forward and backward."""
+    row = Row("", (None, None), T=128, HQ=4, H=2, D=64)
+    forgetting = dataclasses.replace(row, gate=4.0)
+    decoding = dataclasses.replace(row, T=256, lengths=(128, 128), decoding=True)
+    names = {
+        "parallel_attn": row,
+        "parallel_forgetting_attn": forgetting,
+        "attn_decoding": decoding,
     }
-
-
-def _in_fp64(row: Row) -> Function:
-    if not row.decoding:
-        return fla(row)
-    from fla.ops.attn.naive import naive_attn_decoding
-
-    bounds = row.bounds("cpu")
-    return lambda q, k, v, g: naive_attn_decoding(q, k, v, g, cu_seqlens=bounds)
-
-
-def _results(function: Function | None, inputs: dict[str, Tensor], decoding: bool):
-    assert function is not None
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items() if name != "do"}
-    o = function(**{"g": None, **leaves})
-    if decoding:
-        return {"o": o.detach()}
-    gradients = torch.autograd.grad(o, list(leaves.values()), inputs["do"].to(o.dtype))
-    return {"o": o.detach()} | dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
-
-
-def first_call() -> list[float]:
-    """Seconds of the first gated call, forward and backward, where nothing is compiled yet."""
-    row = Row("", (None, None), T=1024, gate=4.0)
-    function, inputs = fla(row), row.inputs()
-    do = inputs.pop("do")
-    leaves = {name: x.requires_grad_() for name, x in inputs.items() if x is not None}
-    torch.cuda.synchronize()
-    times = [time.perf_counter()]
-    o = function(**leaves)
-    torch.cuda.synchronize()
-    times.append(time.perf_counter())
-    torch.autograd.grad(o, list(leaves.values()), do)
-    torch.cuda.synchronize()
-    times.append(time.perf_counter())
-    return [after - before for before, after in itertools.pairwise(times)]
-
-
-def host_time() -> dict[str, float]:
-    """Wall clock in ms of a small call among 200 back to back."""
-    row = Row("", (None, None), T=128, HQ=4, H=2, D=64, gate=4.0)
-    inputs = row.inputs()
-    inputs.pop("do")
     found = {}
-    for name, gate in (("parallel_attn", None), ("parallel_forgetting_attn", 4.0)):
-        function = fla(dataclasses.replace(row, gate=gate))
+    for name, each in names.items():
+        call, inputs = fla(each), each.inputs()
+        do = inputs.pop("do")
         with torch.inference_mode():
-            for _ in range(20):
-                function(**inputs)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(200):
-                function(**inputs)
-            torch.cuda.synchronize()
-        found[name] = (time.perf_counter() - start) * 5
+            found[name] = suite.wall_clock(functools.partial(call, **inputs))
+        if not each.decoding:
+            both = functools.partial(suite.results, call, inputs, do)
+            found[f"{name}, backward too"] = suite.wall_clock(both)
     return found
 
 
-def work(library: str) -> None:
-    """Measure every row in this process; one line of JSON each."""
-    for i, row in enumerate(ROWS):
-        try:
-            found = measure(library, row)
-        except Exception as problem:  # the other rows are still to be measured
-            found = {"problem": f"{type(problem).__name__}: {problem}"[:300]}
-        torch.cuda.empty_cache()
-        print(json.dumps([i, found]), flush=True)
-    if library in ("ours", "fla-core"):
-        print(json.dumps(["host", host_time()]), flush=True)
+def first_call() -> Found:
+    row = Row("", (None, None), T=1024, gate=4.0)
+    call, inputs = fla(row), row.inputs()
+    do = inputs.pop("do")
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    forward, o = suite.seconds(lambda: call(**leaves))
+    backward, _ = suite.seconds(lambda: torch.autograd.grad(o, list(leaves.values()), do))
+    return {"forward": forward, "backward": backward}
 
 
-def start(library: str, directory: Path, seconds: float = 300) -> dict[Any, dict[str, Any]]:
-    """Run ``work`` in a process that finds the package of ``directory``."""
-    environment = {**os.environ, "PYTHONPATH": str(directory)}
-    command = [sys.executable, __file__, "--library", library]
-    result = subprocess.run(
-        ["timeout", str(seconds), *command], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    return dict(json.loads(line) for line in result.stdout.splitlines())
+def remarks(rows: list[Found]) -> Iterator[str]:
+    for row in rows:
+        ours, flash = row.get("ours", {}), row.get("flash", {})
+        if "memory" in ours:
+            share = ours["memory"] / ours["memory at most"]
+            yield f"extra memory / (o + lse + 3 × gradients): {share:.2f}  {row['name']}"
+        if "errors" in ours and "errors" in flash:
+            ratios = (f"{x} {y / flash['errors'][x]:.4f}" for x, y in ours["errors"].items())
+            yield f"error / Flash's on the same inputs: {', '.join(ratios)}  {row['name']}"
+    linear = [row for row in rows if "N(0, 1) T" in row["name"] and "forward" in row["ours"]]
+    for short, long in itertools.pairwise(linear):
+        growth = (long["ours"][x] / short["ours"][x] for x in ("forward", "backward"))
+        yield f"time of T{long['T']} / T{short['T']}: " + " / ".join(f"{x:.2f}" for x in growth)
 
 
-def cell(found: dict[str, Any]) -> str:
-    return " / ".join(f"{found[x]:.3f}" for x in ("forward", "backward") if x in found)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu --only attn")
-    parser.add_argument("--library")
-    parser.add_argument("--first-call", action="store_true")
-    parser.add_argument("--peer", type=Path)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args(argv)
-    if arguments.library:
-        work(arguments.library)
-        return 0
-    if arguments.first_call:
-        print(json.dumps(first_call()))
-        return 0
-    from fla.ops.common.device import triton_version
-
-    here = Path(__file__).parent.parent
-    found = {
-        library: start(library, (arguments.peer or here) if library == "fla-core" else here)
-        for library in LIBRARIES
-        if library != "fla-core" or arguments.peer
-    }
-    with tempfile.TemporaryDirectory() as cache:
-        result = subprocess.run(
-            [sys.executable, __file__, "--first-call"],
-            env={**os.environ, "PYTHONPATH": str(here), "TRITON_CACHE_DIR": cache},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-    record = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton_version(),
-        "first call": json.loads(result.stdout),
-        "host": {library: each.get("host") for library, each in found.items()},
-        "rows": [
-            {**dataclasses.asdict(row), **{library: each.get(i) for library, each in found.items()}}
-            for i, row in enumerate(ROWS)
-        ],
-    }
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-    show(found)
-    print("first call, forward and backward, s:", record["first call"])
-    print("host time a call, ms:", record["host"])
-    return 0
-
-
-def show(found: dict[str, dict[Any, dict[str, Any]]]) -> None:
-    lines = [["forward / backward, ms", "first", *found, "errors"]]
-    for i, row in enumerate(ROWS):
-        each = [library.get(i, {}) for library in found.values()]
-        first = " / ".join(f"{x:.2f}" for x in row.first if x is not None)
-        named = (found["ours"].get(i, {}).get("errors") or {}).items()
-        wrong = " ".join(f"{name} {error:.1e}" for name, error in named)
-        problems = [x.get("problem", "")[:60] for x in each]
-        lines.append(
-            [row.name, first, *(cell(x) or p for x, p in zip(each, problems, strict=True)), wrong]
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(f"{x:<{width}}" for x, width in zip(line, widths, strict=True)).rstrip())
-
-
-if __name__ == "__main__":
-    main()
+SUITE = Suite(
+    "softmax_gpu",
+    ROWS,
+    {name: functools.partial(measure, library=name) for name in CALLS},
+    host,
+    first_call,
+    remarks,
+)

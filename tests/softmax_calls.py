@@ -1,6 +1,7 @@
 """Calls that between them use every launch of the softmax engine, with and without each option.
 
-As a program it makes part i of n of them, for compute-sanitizer: ``softmax_calls.py i n``.
+As a program it makes part i of n of them, for compute-sanitizer: ``softmax_calls.py i n``; without
+numbers a few small ones, which use every kernel.
 """
 
 from __future__ import annotations
@@ -94,8 +95,18 @@ def decoding() -> Iterator[Launch]:
                 yield Launch(name, dtype, LIMITS[-1], K, V, variant, lengths, group)
 
 
-def main(part: int, parts: int) -> None:
-    for launch in itertools.islice((*training(), *decoding()), part, None, parts):
+def small() -> Iterator[Launch]:
+    """Every kernel, with 16-bit and with wider elements."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for variant, lengths in (("gate, window, sink", (150,)), ("gate", (70, 0, 150))):
+            yield Launch("parallel_attn", dtype, LIMITS[-1], 64, 64, variant, lengths)
+        decoding = "attn_decoding_one_step"
+        yield Launch(decoding, dtype, LIMITS[-1], 64, 64, "growth, window, sink", (300, 0, 1))
+
+
+def main(part: int | None = None, parts: int = 1) -> None:
+    launches = small() if part is None else (*training(), *decoding())
+    for launch in itertools.islice(launches, part, None, parts):
         arguments = launch.spec.arguments(launch.shape, launch.variant, launch.dtype, "cuda")
         with launch.on_its_gpu():
             named_results(launch.spec.outputs, arguments, launch.spec.gradients)

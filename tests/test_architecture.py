@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import fla
+import fla.modules
 
 ROOT = Path(fla.__file__).parent
 ENGINES = {"simple_gla", "attn", "kda"}
@@ -80,6 +80,31 @@ def test_thin_faces_import_the_engines_public_functions():
             for name in starting(imports(path), *engines):
                 assert not name.split(".")[-1].startswith("_"), (path, name)
                 assert not name.split(".")[-2].startswith("eager"), (path, name)
+
+
+def test_operators_import_no_modules_and_no_layers():
+    for path in (ROOT / "ops").rglob("*.py"):
+        assert not starting(imports(path), "fla.modules", "fla.layers"), path
+
+
+def test_modules_stand_on_the_hall():
+    for path in (ROOT / "modules").rglob("*.py"):
+        fla_imports = starting(imports(path), "fla.")
+        assert fla_imports == starting(fla_imports, "fla.modules.", "fla.ops.common."), path
+
+
+def test_layers_stand_on_public_operators():
+    """And on what ``fla.modules`` exports; of the hall they take the contract, for their errors."""
+    lines = SIGNATURES.strip().splitlines()
+    public = {line.split("(")[0].replace(": ", ".") for line in lines}
+    public |= {f"fla.modules.{name}" for name in fla.modules.__all__}
+    for path in (ROOT / "layers").glob("*.py"):
+        others = {
+            name
+            for name in starting(imports(path), "fla.") - public
+            if not name.startswith(("fla.layers.", "fla.ops.utils.index."))
+        }
+        assert others <= {"fla.ops.common.contract"}, path
 
 
 def test_textbooks_come_without_triton():
@@ -167,7 +192,23 @@ fla.ops.kda.gate: naive_kda_lowerbound_gate(g, A_log=None, dt_bias=None, lower_b
 """  # noqa: E501
 
 
-@pytest.mark.parametrize("line", SIGNATURES.strip().splitlines(), ids=lambda x: x.split("(")[0])
+CONSTRUCTORS = """
+fla.modules.l2norm: l2norm(x, eps=1e-06, output_dtype=None)
+fla.modules.l2norm: L2Norm(eps=1e-06, output_dtype=None)
+fla.modules: FusedRMSNormGated(hidden_size, elementwise_affine=True, eps=1e-05, activation='swish', device=None, dtype=None)
+fla.modules: ShortConvolution(hidden_size, kernel_size, bias=False, activation='silu', backend='triton', device=None, dtype=None)
+fla.modules: RotaryEmbedding(dim, base=10000.0, interleaved=False)
+fla.layers: LinearAttention(mode='chunk', hidden_size=1024, expand_k=1.0, expand_v=1.0, num_heads=8, num_kv_heads=None, feature_map='elementwise_product', tie_feature_map_qk=False, output_norm='rmsnorm', norm_q=False, norm_k=False, do_feature_map_norm=False, elementwise_affine=True, norm_eps=1e-05, layer_idx=None)
+fla.layers: SimpleGatedLinearAttention(mode='chunk', hidden_size=1024, expand_k=1.0, expand_v=1.0, num_heads=4, num_kv_heads=None, use_short_conv=True, conv_size=4, conv_bias=False, gate_fn='swish', elementwise_affine=True, norm_eps=1e-05, gate_logit_normalizer=16, fuse_norm=True, layer_idx=None)
+fla.layers: LightningAttention(mode='chunk', hidden_size=1024, expand_k=1.0, expand_v=1.0, num_heads=8, num_kv_heads=None, use_short_conv=False, conv_size=4, conv_bias=False, gate_fn='sigmoid', elementwise_affine=True, norm_eps=1e-05, layer_idx=None, num_layers=None)
+fla.layers: ForgettingAttention(hidden_size=2048, num_heads=32, num_kv_heads=None, qkv_bias=False, qk_norm=False, window_size=None, use_output_gate=False, layer_idx=None)
+fla.layers: Attention(hidden_size=2048, num_heads=32, num_kv_heads=None, qkv_bias=False, qk_norm=False, window_size=None, rope_theta=10000.0, max_position_embeddings=None, layer_idx=None)
+fla.layers: KimiDeltaAttention(hidden_size=2048, expand_v=1, head_dim=128, num_heads=16, num_v_heads=None, mode='chunk', use_short_conv=True, allow_neg_eigval=False, safe_gate=False, lower_bound=None, conv_size=4, conv_bias=False, layer_idx=None, norm_eps=1e-05)
+"""  # noqa: E501
+CALLS = (SIGNATURES + CONSTRUCTORS).split("\n")
+
+
+@pytest.mark.parametrize("line", [line for line in CALLS if line], ids=lambda x: x.split("(")[0])
 def test_signatures(line):
     """Names, order and defaults are what programs rely on."""
     module, signature = line.split(": ")

@@ -504,8 +504,8 @@ def bounds(*values):
 BAD = [
     ({"window_size": -1}, ValueError, "window_size: expected None or at least 0, got -1"),
     (good(HQ=3), ValueError, "HQ: expected a multiple of H = 2, got 3 heads"),
-    (good(K=257), ValueError, "K: expected a head size up to 256, got 257"),
-    (good(V=513), ValueError, "V: expected a head size up to 512, got 513"),
+    (good(K=257), ValueError, "K: expected a head size from 1 up to 256, got 257"),
+    (good(V=513), ValueError, "V: expected a head size from 1 up to 512, got 513"),
     ({"k": good(T=11)["k"]}, ValueError, "k: expected [B, T, H, K]"),
     ({"g": good(HQ=2)["g"]}, ValueError, "g: expected [B, T, HQ] = [1, 12, 4], got [1, 12, 2]"),
     ({"g": good()["g"].int()}, TypeError, "g: expected a floating point tensor, got torch.int32"),

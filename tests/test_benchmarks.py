@@ -2,12 +2,14 @@
 
 import json
 import time
+from itertools import accumulate
 
 import pytest
 import torch
 
-from benchmarks import cpu
+from benchmarks import cpu, gpu, kda_gpu, softmax_gpu, suite
 from benchmarks.cpu import Case, Row
+from fla.ops.attn import attn_decoding_one_step, parallel_attn
 
 MEGABYTES = 2**20
 KNOWN = {"seconds": 1.0, "bytes": 2e9, "calls": 3, "others": 0.0}
@@ -78,3 +80,83 @@ def test_the_peer_is_not_this_package():
         peer = cpu._transformers(name)
         assert peer.__module__.startswith("transformers.")
         assert not hasattr(peer, "__wrapped__")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"B": 2},
+        {"gate": 2.0, "window": 30},
+        {"gate": 2.0, "lengths": (30, 1, 69)},
+        {"gate": 2.0, "lengths": (30, 1, 69), "decoding": True},
+    ],
+    ids=str,
+)
+def test_the_softmax_rows_are_compared_with_the_textbook(more, monkeypatch):
+    """What all libraries are held to, a few queries at a time, is what the operators do."""
+    monkeypatch.setattr(softmax_gpu, "_BLOCK", 4000)
+    row = softmax_gpu.Row("", (None, None), **{"T": 100, "HQ": 4, "H": 2, "D": 8, **more})
+    torch.manual_seed(0)
+    rows = (1, len(row.lengths)) if row.decoding else (row.B, row.T)
+    sizes = {"q": (*rows, 4, 8), "k": (row.B, 100, 2, 8), "v": (row.B, 100, 2, 8)}
+    inputs = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
+    do = torch.randn_like(inputs["q"])
+    if row.gate is not None:
+        inputs["g"] = -torch.rand(row.B, 100, 4, dtype=torch.float64)
+    call = attn_decoding_one_step if row.decoding else parallel_attn
+    more = {"window_size": row.window}
+    if row.lengths:
+        more["cu_seqlens"] = torch.tensor([0, *accumulate(row.lengths)])
+    found = suite.results(
+        lambda **given: call(**given, **more), inputs, None if row.decoding else do
+    )
+    exact = softmax_gpu.in_fp64(row, {**inputs, "do": do})
+    assert found.keys() <= exact.keys()
+    errors = suite.errors(found, {name: exact[name] for name in found})
+    assert errors and max(errors.values()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"B": 2},
+        {"gate": "slow", "lower_bound": None},
+        {"gate": "mixed", "lower_bound": None, "lengths": (30, 1, 69)},
+        {"T": 1, "B": 3, "recurrent": True},
+    ],
+    ids=str,
+)
+def test_the_delta_rows_are_compared_with_the_textbook(more):
+    """What all libraries are held to, on a few heads, is what the operators do."""
+    row = kda_gpu.Row("", (None, None), **{"T": 100, "H": 3, "D": 8, **more})
+    inputs = {name: x.double() for name, x in row.inputs("cpu").items()}
+    do = inputs.pop("do")
+    found = suite.results(kda_gpu.fla(row, "cpu"), inputs, do)
+    few, given = (
+        {name: kda_gpu._few_heads(row, x) for name, x in each.items()}
+        for each in (found, {**inputs, "do": do})
+    )
+    errors = suite.errors(few, kda_gpu.in_fp64(row, given))
+    assert len(errors) == len(found) and max(errors.values()) < 1e-11
+
+
+def test_wrong_results_are_not_timed():
+    with pytest.raises(ArithmeticError, match="dq"):
+        suite.errors({"dq": torch.tensor([1.1])}, {"dq": torch.tensor([1.0])})
+
+
+def test_gpu_results_hold_what_is_printed(monkeypatch, tmp_path, capsys):
+    """One row is slower than it is to be, and one is missing."""
+    slow, _, *others = softmax_gpu.ROWS
+    fast = {"forward": 0.1, "backward": 0.2, "errors": {"o": 0.002}}
+    found = {row.name: fast for row in others} | {slow.name: {**fast, "forward": 99.0}}
+    monkeypatch.setattr(gpu, "_apart", lambda *_, **__: dict(found))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert gpu.main(["--only", "attn", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    written = json.loads((tmp_path / "softmax_gpu.json").read_text())
+    assert written["device"] == "a GPU" and written["torch"] == torch.__version__
+    assert [row["name"] for row in written["rows"]] == [row.name for row in softmax_gpu.ROWS]
+    assert all(row["name"] in printed for row in written["rows"])
+    assert printed.count(" !") == 2 and "no answer" in printed
+    assert gpu.main(["--only", "attn", "--out", str(tmp_path), "--rows", "N(0, 1)"]) == 0

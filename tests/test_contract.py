@@ -9,6 +9,7 @@ import torch
 from shapes import variants
 
 from fla import ops
+from fla.ops.linear_attn.utils import normalize_with_z_state
 from fla.testing import Shape
 
 BOUNDS = "cu_seqlens"
@@ -57,6 +58,30 @@ def test_types(spec, variant):
         ValueError,
         "v: expected the device of q, cpu, got meta",
     )
+
+
+@every(lambda spec: spec.along_tokens)
+def test_floats_of_8_bits_are_not_taken(spec, variant):
+    good = spec.arguments(Shape(T=6), variant, torch.float32)
+    small = {name: good[name].to(torch.float8_e4m3fn) for name in "qkv"}
+    message = "q: expected a floating point tensor, got torch.float8_e4m3fn; fp64, fp32, fp16"
+    refuses(spec, {**good, **small}, TypeError, message)
+
+
+@every(lambda spec: spec.along_tokens)
+def test_heads_without_channels(spec, variant):
+    good = spec.arguments(Shape(T=6), variant)
+    none = {"q": good["q"][..., :0], "k": good["k"][..., :0]}
+    if isinstance(good.get("g"), torch.Tensor) and good["g"].dim() == 4:
+        none["g"] = good["g"][..., :0]
+    refuses(spec, {**good, **none}, ValueError, "K: expected a head size from 1 up to ")
+
+
+@every(lambda spec: spec.along_tokens and "lightning" not in spec.name)
+def test_scales(spec, variant):
+    good = spec.arguments(Shape(T=6), variant)
+    for scale, kind in (("1", "str"), (torch.tensor(1.0), "Tensor")):
+        refuses(spec, {**good, "scale": scale}, TypeError, f"scale: expected a number, got {kind}")
 
 
 @every(lambda spec: spec.along_tokens)
@@ -127,9 +152,9 @@ def test_chunk_size(qkv):
 
 def test_head_sizes(qkv):
     wide = torch.randn(1, 2, 1, 513)
-    with pytest.raises(ValueError, match="K: expected a head size up to 512, got 513"):
+    with pytest.raises(ValueError, match="K: expected a head size from 1 up to 512, got 513"):
         ops.chunk_simple_gla(wide, wide, wide[..., :4])
-    with pytest.raises(ValueError, match="V: expected a head size up to 512, got 513"):
+    with pytest.raises(ValueError, match="V: expected a head size from 1 up to 512, got 513"):
         ops.chunk_linear_attn(wide[..., :4], wide[..., :4], wide)
 
 
@@ -140,7 +165,7 @@ def test_states(qkv):
         ops.chunk_simple_gla(**qkv, initial_state=state)
     with pytest.raises(TypeError, match="initial_state: expected a tensor without normalize"):
         ops.chunk_linear_attn(**qkv, initial_state=(state[:2], state), normalize=False)
-    with pytest.raises(ValueError, match=re.escape("initial_z: expected [N, 1, H, K]")):
+    with pytest.raises(ValueError, match=re.escape("initial_state[1]: expected [N, 1, H, K]")):
         ops.chunk_linear_attn(**qkv, initial_state=(state[:2], state))
 
 
@@ -156,6 +181,52 @@ def test_the_map_is_not_offered_for_packed_sequences(qkv):
     with pytest.raises(ValueError, match="output_attentions: expected False with cu_seqlens"):
         packed = {name: x[:1] for name, x in qkv.items()}
         ops.parallel_simple_gla(**packed, output_attentions=True, cu_seqlens=torch.tensor([0, 6]))
+
+
+def test_groups_of_no_heads():
+    q, none = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 0, 8)
+    with pytest.raises(ValueError, match="HQ: expected a multiple of H = 0, got 4 heads"):
+        ops.parallel_attn(q, none, none)
+    with pytest.raises(ValueError, match="HV: expected a multiple of H = 0, got 4 heads"):
+        ops.chunk_kda(none, none, q, q, q[..., 0])
+    assert ops.parallel_attn(none, q, q).shape == (1, 2, 0, 8)
+
+
+def test_windows_and_bounds_are_numbers(qkv):
+    with pytest.raises(TypeError, match="window_size: expected a whole number, got float"):
+        ops.parallel_attn(**qkv, window_size=3.5)
+    with pytest.raises(TypeError, match="lower_bound: expected a number, got str"):
+        ops.fused_kda_gate(qkv["q"], lower_bound="low")
+    with pytest.raises(TypeError, match="layer_idx: expected a number, got NoneType"):
+        ops.chunk_lightning_attn(**qkv, layer_idx=None, num_layers=4)
+
+
+def test_gates():
+    for dtype in (torch.int32, None):
+        with pytest.raises(TypeError, match="output_dtype: expected a floating point dtype, got"):
+            ops.fused_kda_gate(torch.zeros(2, 4), lower_bound=-1.0, output_dtype=dtype)
+    with pytest.raises(TypeError, match="g: expected a tensor, got NoneType"):
+        ops.fused_kda_gate(None, lower_bound=-1.0)
+    with pytest.raises(ValueError, match=re.escape("g: expected [HV, K], got [4]")):
+        ops.fused_kda_gate(torch.zeros(4), lower_bound=-1.0)
+
+
+BAD_NORMALIZERS = [
+    ({"q": None}, TypeError, "q: expected a tensor, got NoneType"),
+    ({"k": torch.zeros(2, 5, 2, 4)}, ValueError, "k: expected [B, T, H, K] = [2, 6, 2, 4], got"),
+    ({"o": torch.zeros(2, 5, 2, 4)}, ValueError, "o: expected [B, T, H, V] = [2, 6, 2, 4], got"),
+    ({"z_init": torch.zeros(2, 2, 4)}, ValueError, "z_init: expected [N, 1, H, K] = [2, 1, 2, 4]"),
+]
+
+
+@pytest.mark.parametrize(
+    "changes, error, message", BAD_NORMALIZERS, ids=[x[2] for x in BAD_NORMALIZERS]
+)
+def test_normalizers(qkv, changes, error, message):
+    more = {"scale": 1.0, "z_init": None, "reverse": False, "cu_seqlens": None}
+    good = {"o": qkv["v"], "q": qkv["q"], "k": qkv["k"], **more}
+    with pytest.raises(error, match=re.escape(message)):
+        normalize_with_z_state(**{**good, **changes})
 
 
 def test_layers(qkv):

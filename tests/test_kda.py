@@ -406,7 +406,7 @@ def test_bad_heads_and_head_sizes():
     message = "HV: expected a multiple of H = 2, got 3 heads"
     refuses(ops.chunk_kda, {"v": v, "g": g, "beta": beta}, message)
     v = torch.zeros(1, 6, 4, 513)
-    refuses(ops.chunk_kda, {"v": v}, "V: expected a head size up to 512, got 513")
+    refuses(ops.chunk_kda, {"v": v}, "V: expected a head size from 1 up to 512, got 513")
 
 
 def test_the_chunked_form_wants_its_state_in_fp32():

@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from shapes import variants
 from torch.utils.checkpoint import checkpoint
 
+from fla import ops
 from fla.testing import Shape
 from fla.testing.compare import named_results, relative_error
 
@@ -56,6 +57,17 @@ def test_compiles_once_for_20_lengths(spec, variant):
 def test_compiles_once_for_other_packings(spec, variant):
     packings = ((40, 20, 31), (0, 50, 61), (44, 45, 46))
     compiles_once(spec, variant, [Shape.packed(*lengths) for lengths in packings])
+
+
+def test_the_old_name_of_the_layout_compiles():
+    """The warning that it gives has no place in a graph."""
+    x = torch.randn(1, 5, 2, 8)
+
+    def run(x):
+        return ops.fused_recurrent_simple_gla(x, x, x, transpose_state_layout=True)[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), ops.fused_recurrent_simple_gla(x, x, x)[0])
 
 
 @every()

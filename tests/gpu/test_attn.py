@@ -30,12 +30,22 @@ def test_every_launch(launch):
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_launch_stays_in_its_memory(part):
+    assert "ERROR SUMMARY: 0 errors" in sanitized("memcheck", str(part), str(PARTS))
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+def test_no_kernel_races():
+    assert "RACECHECK SUMMARY: 0 hazards" in sanitized("racecheck")
+
+
+def sanitized(tool: str, *arguments: str) -> str:
+    """What compute-sanitizer says of this package's kernels in ``softmax_calls.py arguments``."""
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    sanitizer = ["compute-sanitizer", "--error-exitcode=1", "--kernel-name=kns=_kernel"]
-    program = [sys.executable, softmax_calls.__file__, str(part), str(PARTS)]
+    sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=1"]
+    program = ["--kernel-name=kns=_kernel", sys.executable, softmax_calls.__file__, *arguments]
     result = subprocess.run([*sanitizer, *program], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert "ERROR SUMMARY: 0 errors" in result.stdout
+    return result.stdout
 
 
 def operands(T, HQ=4, H=2, D=64, gate=None, dtype=torch.bfloat16, B=1):
@@ -122,16 +132,61 @@ def test_decoding_is_captured():
 
 
 def test_nothing_is_copied_to_the_host_and_nothing_compiled_again():
+    """Over a hundred lengths, and as many packings, all other than the first one."""
     kernels = (forward.forward_kernel, backward.queries_kernel, backward.keys_kernel)
-    run(*operands(640, gate=2.0))
-    compiled = [len(kernel.device_caches[0][0]) for kernel in kernels]
+
+    def packing(first: int) -> torch.Tensor:
+        return torch.tensor([0, first, first, 400], device="cuda")
+
+    def compiled() -> list[int]:
+        return [len(kernel.device_caches[0][0]) for kernel in kernels]
+
+    packings = [packing(first) for first in range(101)]
+    lengths = [operands(T, gate=2.0) for T in (640, *range(1, 101))]
+    packed = operands(400, gate=2.0)
+    run(*lengths[0])
+    run(*packed, cu_seqlens=packings[0])
+    before = compiled()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for T in (1, 15, 16, 17, 64, 333, 1024):
-            run(*operands(T, gate=2.0))
+        for arguments, bounds in zip(lengths[1:], packings[1:], strict=True):
+            run(*arguments)
+            run(*packed, cu_seqlens=bounds)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert compiled == [len(kernel.device_caches[0][0]) for kernel in kernels]
+    assert compiled() == before
+
+
+def test_tensors_may_begin_anywhere():
+    """Kernels compiled for multiples of 16 bytes are not launched on others."""
+    q, k, v, g, do = operands(300, gate=2.0)
+    expected = run(q, k, v, g, do)
+    moved = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in (q, k, v, g, do)]
+    assert all(x.data_ptr() % 16 for x in moved)
+    found = run(*moved)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")
+def test_on_a_gpu_that_is_not_the_current_one():
+    arguments = operands(300, gate=2.0)
+    expected = run(*arguments)
+    found = run(*(x.to("cuda:1") for x in arguments))
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("gate", [None, 2.0])
+def test_torch_compile(gate):
+    """One graph, forward and backward, with the values of the uncompiled call."""
+    arguments = operands(300, gate=gate)
+    leaves = [x.requires_grad_() for x in arguments[:-1] if x is not None]
+
+    def loss(*leaves):
+        return (parallel_attn(*leaves) * arguments[-1]).float().sum()
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_tokens_behind_the_last_sequence():

@@ -14,23 +14,24 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.ops.common.kernels import sequence
+from fla.ops.common.kernels import cdiv, power_of_two, sequence
+from fla.ops.common.launch import launch
 
-SPAN = 128
-LOG2E = math.log2(math.e)
+SPAN = tl.constexpr(128)
+LOG2E = tl.constexpr(math.log2(math.e))
+# The least finite number: what the largest of no logits is
+LEAST = tl.constexpr(-3.4028234663852886e38)
 # A token with this gate forgets all before it; beside anything steeper a sum would lose its digits.
-STEEPEST_GATE = -1e7
-
-_SPAN = tl.constexpr(SPAN)
-_LOG2E = tl.constexpr(LOG2E)
-_STEEPEST_GATE = tl.constexpr(STEEPEST_GATE)
-_SEARCH = tl.constexpr(128)
+STEEPEST_GATE = tl.constexpr(-1e7)
+# How many blocks or boundaries a program looks at together when it searches among them
+SEARCH = tl.constexpr(128)
 
 # Whether blocks that do not show are left out.  For all threads: autograd has one of its own.
 _leave_out = [True]
@@ -65,7 +66,7 @@ class Line:
     shared: int
     long: bool = False
 
-    @property
+    @functools.cached_property
     def constants(self) -> dict[str, int]:
         return {
             "BM": self.BM,
@@ -75,22 +76,13 @@ class Line:
         }
 
 
-# Triton's own two are made for kernels as well, and take longer than all else before a launch.
-def cdiv(x: int, y: int) -> int:
-    return -(-x // y)
-
-
-def power_of_2(x: int) -> int:
-    """The least one that is no smaller."""
-    return 1 << (x - 1).bit_length()
-
-
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
     """KiB of shared memory that one program may have; the interpreter has no limit."""
     if device.type != "cuda":
         return 1 << 20
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >> 10
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin >> 10
 
 
 class Call:
@@ -101,11 +93,11 @@ class Call:
         H, V = v.shape[2:]
         self.packed = cu_seqlens is not None
         self.N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.scale = max(scale * LOG2E, 1e-30)  # zero times a logit of −inf would be NaN
+        self.scale = max(scale * LOG2E.value, 1e-30)  # zero times a logit of −inf would be NaN
         self.window = None if window is None or window >= self.T else window
-        self.floor = -(17 + math.log(self.T)) * LOG2E if _leave_out[-1] else -math.inf
+        self.floor = -(17 + math.log(self.T)) * LOG2E.value if _leave_out[-1] else -math.inf
         self.long = self.window is None and not self.packed
-        self.intervals = self.blocks(SPAN)
+        self.intervals = self.blocks(SPAN.value)
         self.shared = _shared_memory(q.device)
         self._sizes = q.element_size(), K, V
         self.constants = {
@@ -113,10 +105,15 @@ class Call:
             "G": HQ // H,
             "K": K,
             "V": V,
-            "BK": max(power_of_2(K), 16),
-            "BV": max(power_of_2(V), 16),
+            "BK": max(power_of_two(K), 16),
+            "BV": max(power_of_two(V), 16),
             "PRECISION": "tf32x3" if q.dtype == torch.float32 else None,
         }
+
+    @property
+    def numbers(self) -> tuple[float | int | None, ...]:
+        """Scale, floor, window, N, T and intervals, as most kernels take them."""
+        return self.scale, self.floor, self.window, self.N, self.T, self.intervals
 
     def choose(self, lines: tuple[Line, ...]) -> Line:
         """The first line that takes this call on its GPU."""
@@ -159,8 +156,8 @@ def own(cu_seqlens, i, N, T, HEADS: tl.constexpr, BLOCK, LAST_FIRST: tl.constexp
         if LAST_FIRST:
             slot = tl.num_programs(0) // HEADS - 1 - slot
         n = slot * 0
-        for at in range(0, N, _SEARCH):
-            o_n = at + 1 + tl.arange(0, _SEARCH)
+        for at in range(0, N, SEARCH):
+            o_n = at + 1 + tl.arange(0, SEARCH)
             b_bos = tl.load(cu_seqlens + o_n, mask=o_n <= N, other=0).to(tl.int32)
             n += tl.sum(((b_bos // BLOCK + o_n <= slot) & (o_n <= N)).to(tl.int32))
         i_b = slot - n - tl.load(cu_seqlens + n).to(tl.int32) // BLOCK
@@ -238,8 +235,8 @@ def first_interval_needed(p_total, p_rise, p_norm, i_b, q_norm, reach, floor):
     """
     first = i_b
     between = 0.0
-    for at in range(0, i_b, _SEARCH):
-        j = i_b - 1 - at - tl.arange(0, _SEARCH)  # the nearest first
+    for at in range(0, i_b, SEARCH):
+        j = i_b - 1 - at - tl.arange(0, SEARCH)  # the nearest first
         m_j = j >= 0
         b_total = tl.load(p_total + j + 1, mask=m_j & (j + 1 < i_b), other=0.0)
         b_between = between + tl.cumsum(b_total, 0)
@@ -253,9 +250,17 @@ def first_interval_needed(p_total, p_rise, p_norm, i_b, q_norm, reach, floor):
 @triton.jit
 def gate_sums(sums, i_h, slot, intervals, HQ: tl.constexpr):
     """Where a sequence's since, rest and until begin in what ``gates_kernel`` writes."""
-    p = sums + (i_h * intervals + slot).to(tl.int64) * _SPAN
-    plane = (HQ * intervals).to(tl.int64) * _SPAN
+    p = sums + (i_h * intervals + slot).to(tl.int64) * SPAN
+    plane = (HQ * intervals).to(tl.int64) * SPAN
     return p, p + plane, p + 2 * plane
+
+
+@triton.jit
+def gates_within(b_since, b_rest, p_since, p_rest, o_j):
+    """g_{j+1} + … + g_i of rows i, whose sums are given, and columns j of the same interval."""
+    b_since_j = tl.load(p_since + o_j)
+    b_rest_j = tl.load(p_rest + o_j)
+    return (b_since[:, None] - b_since_j[None, :]) + (b_rest[:, None] - b_rest_j[None, :])
 
 
 @triton.jit
@@ -289,24 +294,24 @@ def gates_kernel(
     Reads g [SPAN, G] and k [SPAN, K].  Writes since, rest and until [G, SPAN] to sums
     [3, HQ, intervals, SPAN]; total and rise [G] and norm to marks [2 HQ + H, intervals].
     """
-    i_h, n, i_b, bos, _length, live = own(cu_seqlens, tl.program_id(0), N, T, H, _SPAN, False)
-    if i_b * _SPAN >= live:
+    i_h, n, i_b, bos, _length, live = own(cu_seqlens, tl.program_id(0), N, T, H, SPAN, False)
+    if i_b * SPAN >= live:
         return
-    o_t = tl.arange(0, _SPAN)
-    m_t = i_b * _SPAN + o_t < live
+    o_t = tl.arange(0, SPAN)
+    m_t = i_b * SPAN + o_t < live
     o_g = tl.arange(0, BG)
     m_g = o_g < G
     m = m_t[:, None] & m_g[None, :]
-    row = bos.to(tl.int64) + i_b * _SPAN
+    row = bos.to(tl.int64) + i_b * SPAN
     p_g = g + row * (H * G) + i_h * G + o_t[:, None] * (H * G) + o_g[None, :]
     b_g = tl.load(p_g, mask=m, other=0.0).to(tl.float32)  # [SPAN, BG]
-    b_g = tl.where(m, tl.maximum(b_g, _STEEPEST_GATE), 0.0).to(tl.float64) * _LOG2E
+    b_g = tl.where(m, tl.maximum(b_g, STEEPEST_GATE), 0.0).to(tl.float64) * LOG2E
     b_sum = tl.cumsum(b_g, 0)
     b_total = tl.sum(b_g, 0)  # [BG]
     b_since = b_sum.to(tl.float32)
     b_until = (b_total[None, :] - b_sum).to(tl.float32)
 
-    slot = first_slot(cu_seqlens, bos, n, T, _SPAN) + i_b
+    slot = first_slot(cu_seqlens, bos, n, T, SPAN) + i_b
     o_h = i_h * G + o_g
     p_since, p_rest, p_until = gate_sums(sums, o_h[None, :], slot, intervals, H * G)
     tl.store(p_since + o_t[:, None], b_since, mask=m_g[None, :])
@@ -326,11 +331,21 @@ def gates(
     if g is None:
         return None, None
     H, HQ = k.shape[2], g.shape[2]
-    sums = g.new_empty(3, HQ, call.intervals, SPAN, dtype=torch.float32)
+    sums = g.new_empty(3, HQ, call.intervals, SPAN.value, dtype=torch.float32)
     marks = g.new_empty(2 * HQ + H, call.intervals, dtype=torch.float32)
-    gates_kernel[(call.intervals * H,)](
-        g, k, sums, marks, cu_seqlens, call.N, call.T, call.intervals,
-        H=H, G=HQ // H, K=call.constants["K"], BG=power_of_2(HQ // H), BK=call.constants["BK"],
-        num_warps=8,
-    )  # fmt: skip
+    constants = {
+        "H": H,
+        "G": HQ // H,
+        "K": call.constants["K"],
+        "BG": power_of_two(HQ // H),
+        "BK": call.constants["BK"],
+        "num_warps": 8,
+    }
+    launch(
+        gates_kernel,
+        call.intervals * H,
+        (g, k, sums, marks, cu_seqlens),
+        (call.N, call.T, call.intervals),
+        constants,
+    )
     return sums, marks

@@ -401,6 +401,8 @@ def decode(q, k, v, g, sink_bias, cu_seqlens, options):
     dtype = accumulator(q.dtype)
     HQ = q.shape[2]
     H, V = v.shape[2:]
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(2, device=q.device) * k.shape[1]
     where = _KeyBlocks(cu_seqlens, k.shape[1], options.window_size)
     gate = None if g is None else where.sums_after(g[0], options.gate_scale)
     heads = (q[0].to(dtype) * (options.scale * _LOG2E)).unflatten(1, (H, -1))  # [N, H, G, K]

@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from fla.ops.common import contract
-from fla.ops.common.boundary import absent, differentiable, operator
+from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import accumulator, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
 
@@ -66,8 +68,8 @@ def softmax_engine(
     )
     check(sizes, window_size)
     contract.number_of_sequences(q, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _differentiable(q, k, v, g, sink_bias, cu_seqlens, scale, window_size)[0]
+    scale = contract.scale_or_default(scale, q.shape[-1])
+    return _forward(q, k, v, g, sink_bias, cu_seqlens, scale, window_size)[0]
 
 
 def decoding_engine(
@@ -94,9 +96,11 @@ def decoding_engine(
     N = 1 if cu_seqlens is None else contract.number_of_sequences(q, cu_seqlens)
     if sizes["N"] != N:
         raise ValueError(f"q: expected one query for each of {N} sequences, got {sizes['N']}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = contract.scale_or_default(scale, q.shape[-1])
     gate_scale = scale if do_gate_scale else 1.0
-    tensors = (None if x is None else x.detach() for x in (q, k, v, g, sink_bias))
+    tensors: Iterable[Tensor | None] = (q, k, v, g, sink_bias)
+    if torch.is_grad_enabled():
+        tensors = (None if x is None else x.detach() for x in tensors)
     return _decoding(*tensors, cu_seqlens, scale, window_size, gate_scale)
 
 
@@ -104,8 +108,10 @@ def check(sizes: dict[str, int], window_size: int | None) -> None:
     """What both want of head sizes, heads and the window."""
     contract.at_most(sizes, **HEAD_LIMITS)
     contract.divides(sizes, "HQ", "H")
-    if window_size is not None and window_size < 0:
-        raise ValueError(f"window_size: expected None or at least 0, got {window_size}")
+    if window_size is not None:
+        contract.number("window_size", window_size, numbers.Integral)
+        if window_size < 0:
+            raise ValueError(f"window_size: expected None or at least 0, got {window_size}")
 
 
 def _nothing_to_see(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
@@ -139,8 +145,6 @@ def _run_decoding(q, k, v, g, sink_bias, cu_seqlens, *options):
     options = DecodingOptions(*options)
     if _nothing_to_see(q, k, v, options):
         return _fake_decoding(q, k, v).zero_()
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(2, device=q.device) * k.shape[1]
     stages = DECODING.choose(_problem(q, v, options))
     return stages.decode(q, k, v, g, sink_bias, cu_seqlens, options)
 
@@ -166,18 +170,18 @@ def _fake_decoding(q, k, v, *_):
 
 _OPERANDS = "Tensor k, Tensor v, Tensor? g, Tensor? sink_bias, Tensor? cu_seqlens"
 _OPTIONS = "float scale, int? window_size"
-_forward = operator(
+_forward = Operator(
     f"softmax_forward(Tensor q, {_OPERANDS}, {_OPTIONS}) -> (Tensor o, Tensor lse)",
     _run_forward,
     _fake_forward,
 )
-_backward = operator(
+_backward = Operator(
     f"softmax_backward(Tensor q, Tensor do, {_OPERANDS}, Tensor o, Tensor lse, {_OPTIONS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dsink)",
     _run_backward,
     _fake_backward,
 )
-_decoding = operator(
+_decoding = Operator(
     f"decoding(Tensor q, {_OPERANDS}, {_OPTIONS}, float gate_scale) -> Tensor",
     _run_decoding,
     _fake_decoding,
@@ -200,4 +204,4 @@ def _gradients(ctx, do, _):
     return dq, dk, dv, dg, dsink, None, None, None
 
 
-_differentiable = differentiable(_forward, _backward, _save, _gradients)
+differentiable(_forward, _backward, _save, _gradients)

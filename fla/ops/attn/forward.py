@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fla.ops.attn.blocks import (
+    LEAST,
     LOG2E,
     SPAN,
     Call,
@@ -19,6 +18,7 @@ from fla.ops.attn.blocks import (
     first_slot,
     gate_marks,
     gate_sums,
+    gates_within,
     largest_norm,
     own,
     put_tile,
@@ -26,6 +26,7 @@ from fla.ops.attn.blocks import (
     tile,
 )
 from fla.ops.common.kernels import product
+from fla.ops.common.launch import launch
 
 # 128 queries on two warpgroups let K and V pass half as often as 64 would.  Blocks shrink as heads
 # grow: output, logits and some blocks of K and V have to stay on the chip.
@@ -41,11 +42,6 @@ LINES = (
     Line(4, 128, 128, 64, 32, 4, 2, shared=129),
     Line(4, 256, 256, 16, 16, 4, 2, shared=67),
 )
-
-_LN2 = tl.constexpr(math.log(2))
-_LOG2E = tl.constexpr(LOG2E)
-_SPAN = tl.constexpr(SPAN)
-_LEAST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -108,17 +104,12 @@ def meet(
         else:
             if NEAR:
                 b_row = tl.zeros_like(b_most)
-                b_since_j = tl.load(p_since + o_j)
-                b_rest_j = tl.load(p_rest + o_j)
-                b_span = (b_since[:, None] - b_since_j[None, :]) + (
-                    b_rest[:, None] - b_rest_j[None, :]
-                )
-                b_s = b_s * scale + b_span
+                b_s = b_s * scale + gates_within(b_since, b_rest, p_since, p_rest, o_j)
             else:
                 b_row = b_since + between.to(tl.float32)
                 b_s = b_s * scale + tl.load(p_until + o_j)[None, :]
-                i_s = first // _SPAN
-                between += tl.where(first % _SPAN == 0, tl.load(p_total + i_s), 0.0).to(tl.float64)
+                i_s = first // SPAN
+                between += tl.where(first % SPAN == 0, tl.load(p_total + i_s), 0.0).to(tl.float64)
             b_new = tl.maximum(b_most, tl.max(b_s, 1) + b_row)
             b_p = tl.exp2(b_s - (b_new - b_row)[:, None])
         b_fall = tl.exp2(b_most - b_new)
@@ -138,7 +129,7 @@ def key_blocks(i_q, BM: tl.constexpr, BN: tl.constexpr, live, window, GATED: tl.
     """
     near = i_q // BN * BN
     if GATED:
-        near = i_q // _SPAN * _SPAN
+        near = i_q // SPAN * SPAN
     near = tl.minimum(near, live)  # no keys at all for tokens behind the last sequence
     stop = tl.cdiv(tl.minimum(i_q + BM, live), BN) * BN
     low = near * 0
@@ -205,17 +196,17 @@ def forward_kernel(
     p_until = None
     p_total = None
     if sums is not None:
-        slot = first_slot(cu_seqlens, bos, n, T, _SPAN)
+        slot = first_slot(cu_seqlens, bos, n, T, SPAN)
         p_since, p_rest, p_until = gate_sums(sums, i_h, slot, intervals, H * G)
         p_total, p_rise, p_norm = gate_marks(marks, i_h, i_h // G, slot, intervals, H * G)
         b_since = tl.load(p_since + o_i)
         b_rest = tl.load(p_rest + o_i)
 
     # the sink is a key with this logit and without a value
-    b_most = tl.full([BM], _LEAST, tl.float32)
+    b_most = tl.full([BM], LEAST, tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     if sink is not None:
-        b_most = tl.zeros([BM], tl.float32) + tl.load(sink + i_h).to(tl.float32) * _LOG2E
+        b_most = tl.zeros([BM], tl.float32) + tl.load(sink + i_h).to(tl.float32) * LOG2E
         b_sum += 1.0
     b_o = tl.zeros([BM, BV], tl.float32)
     between = tl.full([], 0.0, tl.float64)
@@ -232,9 +223,9 @@ def forward_kernel(
             if sums is not None:
                 reach = tl.max(tl.where(m_i, b_since - b_most, float("-inf")), 0)
                 needed = first_interval_needed(
-                    p_total, p_rise, p_norm, i_q // _SPAN, largest_norm(b_q) * scale, reach, floor
+                    p_total, p_rise, p_norm, i_q // SPAN, largest_norm(b_q) * scale, reach, floor
                 )
-                low = tl.maximum(low, tl.minimum(needed * _SPAN, near))
+                low = tl.maximum(low, tl.minimum(needed * SPAN, near))
                 full = tl.maximum(full, low)
             start = near
             count = (near - full) // BN
@@ -250,7 +241,7 @@ def forward_kernel(
     m_i = o_i < length
     b_seen = b_sum > 0
     b_o = b_o / tl.where(b_seen, b_sum, 1.0)[:, None]
-    b_lse = tl.where(b_seen, (b_most + tl.log2(b_sum)) * _LN2, _LEAST)
+    b_lse = tl.where(b_seen, (b_most + tl.log2(b_sum)) / LOG2E, LEAST)
     put_tile(o + (row + i_q) * (H * G * V) + i_h * V, b_o, tl.arange(0, BM), m_i, H * G * V, V, BV)
     tl.store(lse + at + o_i, b_lse, mask=m_i)
 
@@ -261,8 +252,11 @@ def run_forward(call: Call, q, k, v, sums, marks, sink, cu_seqlens) -> tuple[Ten
     o = q.new_empty(B, T, HQ, v.shape[-1])
     lse = q.new_empty(B, HQ, T, dtype=torch.float32)
     line = call.choose(LINES)
-    forward_kernel[(call.blocks(line.BM) * HQ,)](
-        q, k, v, sink, sums, marks, cu_seqlens, o, lse, call.scale, call.floor, call.window,
-        call.N, call.T, call.intervals, **call.constants, **line.constants,
-    )  # fmt: skip
+    launch(
+        forward_kernel,
+        call.blocks(line.BM) * HQ,
+        (q, k, v, sink, sums, marks, cu_seqlens, o, lse),
+        call.numbers,
+        call.constants | line.constants,
+    )
     return o, lse

@@ -8,18 +8,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fla.ops.attn.blocks import (
+    LEAST,
     LOG2E,
     STEEPEST_GATE,
     Call,
     Line,
-    cdiv,
     first_slot,
     own,
-    power_of_2,
     put_tile,
     tile,
 )
-from fla.ops.common.kernels import multiprocessors, product
+from fla.ops.common.kernels import cdiv, multiprocessors, power_of_two, product
+from fla.ops.common.launch import launch
 
 # BM is the most query heads of a program: those of a key head share what it reads, up to 32.  Three
 # blocks of keys and values on the way keep memory busy; larger heads fill it with two.
@@ -35,38 +35,37 @@ _FEWEST_KEYS = 256
 # Parts that are merged at a time
 _PARTS = 16
 
-_LOG2E = tl.constexpr(LOG2E)
-_LEAST = tl.constexpr(-3.4028234663852886e38)
-_STEEPEST_GATE = tl.constexpr(STEEPEST_GATE)
-
 
 @triton.jit
-def keys_of(cu_seqlens, n, window):
-    """[first, stop) of the keys that the query of sequence n sees."""
-    first = tl.load(cu_seqlens + n).to(tl.int32)
-    stop = tl.load(cu_seqlens + n + 1).to(tl.int32)
+def keys_of(cu_seqlens, n, T, window):
+    """[first, stop) of the keys that the query of sequence n sees; a single one sees all."""
+    if cu_seqlens is None:
+        first = n * 0
+        stop = T
+    else:
+        first = tl.load(cu_seqlens + n).to(tl.int32)
+        stop = tl.load(cu_seqlens + n + 1).to(tl.int32)
     if window is not None:
         first = tl.maximum(first, stop - window)
     return first, stop
 
 
-@triton.jit(do_not_specialize=["N", "T", "window", "size", "splits"])
+@triton.jit(do_not_specialize=["window", "N", "T", "size", "slots", "splits"])
 def split_kernel(
     q,
     k,
     v,
     g,
     cu_seqlens,
-    o,
-    most,
-    sums,
-    total,
+    parts,
+    marks,
     scale,
     gate_scale,
     window,
     N,
     T,
     size,
+    slots,
     splits,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -83,8 +82,8 @@ def split_kernel(
         s_j = scale q·k_j + g_{j+1} + … to the split's end and the key behind it
         most = max s    sums = Σ exp(s_j − most)    o = Σ exp(s_j − most) v_j    total = Σ g_{j+1}
 
-    Reads q [BM, K], k [size, K], v [size, V], g [size, BM]; writes o [BM, V] of [slots, HQ, V] and
-    the others [BM] of [slots, HQ], in fp32.
+    Reads q [BM, K], k [size, K], v [size, V], g [size, BM]; writes o [BM, V] to parts
+    [slots, HQ, V] and the others [BM] to marks [3, slots, HQ], in fp32.
     """
     HEADS: tl.constexpr = H * ((G + BM - 1) // BM)
     if window is None:
@@ -95,7 +94,7 @@ def split_kernel(
         i_s = tl.program_id(0) // HEADS % splits
     if n >= N:
         return
-    first, end = keys_of(cu_seqlens, n, window)
+    first, end = keys_of(cu_seqlens, n, T, window)
     first += i_s * size
     if first >= end:
         return
@@ -109,7 +108,7 @@ def split_kernel(
     p_v = v + i_h * V
 
     b_o = tl.zeros([BM, BV], tl.float32)
-    b_most = tl.full([BM], _LEAST, tl.float32)
+    b_most = tl.full([BM], LEAST, tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_total = tl.zeros([BM], tl.float32)
     blocks = tl.cdiv(stop - first, BN)
@@ -126,7 +125,7 @@ def split_kernel(
                 mask=(m_j & (o_j + 1 < end))[None, :] & m_g[:, None],
                 other=0.0,
             )
-            b_g = tl.maximum(b_g.to(tl.float32), _STEEPEST_GATE) * gate_scale
+            b_g = tl.maximum(b_g.to(tl.float32), STEEPEST_GATE) * gate_scale
             b_s += tl.cumsum(b_g, 1, reverse=True) + b_total[:, None]
             b_total += tl.sum(b_g, 1)
         b_s = tl.where(m_j[None, :], b_s, float("-inf"))
@@ -143,30 +142,33 @@ def split_kernel(
     else:
         slot = n * splits + i_s
     at = slot.to(tl.int64) * (H * G) + i_h * G
-    put_tile(o + at * V, b_o, o_g, m_g, V, V, BV)
-    tl.store(most + at + o_g, b_most, mask=m_g)
-    tl.store(sums + at + o_g, b_sum, mask=m_g)
+    put_tile(parts + at * V, b_o, o_g, m_g, V, V, BV)
+    p_marks = marks + at + o_g
+    plane = slots.to(tl.int64) * (H * G)
+    tl.store(p_marks, b_most, mask=m_g)
+    tl.store(p_marks + plane, b_sum, mask=m_g)
     if g is not None:
-        tl.store(total + at + o_g, b_total, mask=m_g)
+        tl.store(p_marks + 2 * plane, b_total, mask=m_g)
 
 
-@triton.jit(do_not_specialize=["T", "window", "size", "splits"])
+@triton.jit(do_not_specialize=["window", "N", "T", "size", "slots", "splits"])
 def merge_kernel(
-    part,
-    most,
-    sums,
-    total,
+    parts,
+    marks,
     sink,
     cu_seqlens,
     o,
     window,
+    N,
     T,
     size,
+    slots,
     splits,
     HQ: tl.constexpr,
     V: tl.constexpr,
     BS: tl.constexpr,
     BV: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """o [V] of one head of one sequence, from the parts that ``split_kernel`` wrote.
 
@@ -175,30 +177,32 @@ def merge_kernel(
     """
     n = tl.program_id(0) // HQ
     i_h = tl.program_id(0) % HQ
-    first, stop = keys_of(cu_seqlens, n, window)
+    first, stop = keys_of(cu_seqlens, n, T, window)
     if window is None:
         slot = first_slot(cu_seqlens, first, n, T, size)
     else:
         slot = n * splits
     count = tl.cdiv(stop - first, size)
     at = slot.to(tl.int64) * HQ + i_h
+    p_most = marks + at
+    plane = slots.to(tl.int64) * HQ
     o_v = tl.arange(0, BV)
     m_v = o_v < V
 
     b_o = tl.zeros([BV], tl.float32)
-    b_most = tl.full([], _LEAST, tl.float32)
+    b_most = tl.full([], LEAST, tl.float32)
     b_sum = tl.full([], 0.0, tl.float32)
     if sink is not None:
-        b_most = tl.load(sink + i_h).to(tl.float32) * _LOG2E
+        b_most = tl.load(sink + i_h).to(tl.float32) * LOG2E
         b_sum += 1.0
     between = tl.full([], 0.0, tl.float32)
     for i in range(0, count, BS):
         o_s = count - 1 - i - tl.arange(0, BS)
         m_s = o_s >= 0
-        b_s = tl.load(most + at + o_s * HQ, mask=m_s, other=float("-inf"))
-        if total is not None:
+        b_s = tl.load(p_most + o_s * HQ, mask=m_s, other=float("-inf"))
+        if GATED:
             m_later = m_s & (o_s + 1 < count)
-            b_later = tl.load(total + at + (o_s + 1) * HQ, mask=m_later, other=0.0)
+            b_later = tl.load(p_most + 2 * plane + (o_s + 1) * HQ, mask=m_later, other=0.0)
             b_s += between + tl.cumsum(b_later, 0)
             between += tl.sum(b_later, 0)
         b_new = tl.maximum(b_most, tl.max(b_s, 0))
@@ -206,11 +210,11 @@ def merge_kernel(
         b_fall = tl.exp2(b_most - b_new)
         b_most = b_new
         b_part = tl.load(
-            part + (at + o_s[:, None] * HQ) * V + o_v[None, :],
+            parts + (at + o_s[:, None] * HQ) * V + o_v[None, :],
             mask=m_s[:, None] & m_v[None, :],
             other=0.0,
         )  # [BS, BV]
-        b_sums = tl.load(sums + at + o_s * HQ, mask=m_s, other=0.0)
+        b_sums = tl.load(p_most + plane + o_s * HQ, mask=m_s, other=0.0)
         b_o = b_o * b_fall + tl.sum(b_part * b_weight[:, None], 0)
         b_sum = b_sum * b_fall + tl.sum(b_sums * b_weight, 0)
     b_o /= tl.where(b_sum > 0, b_sum, 1.0)
@@ -224,8 +228,8 @@ def run_decoding(q, k, v, g, sink, cu_seqlens, options) -> Tensor:
     T, H, V = v.shape[1:]
     call = Call(k, v, cu_seqlens, options.scale, options.window_size)
     line = call.choose(LINES)
-    BM = min(line.BM, max(power_of_2(HQ // H), 16))
-    size = power_of_2(cdiv(T * H, _PROGRAMS * multiprocessors(q.device)))
+    BM = min(line.BM, max(power_of_two(HQ // H), 16))
+    size = power_of_two(cdiv(T * H, _PROGRAMS * multiprocessors(q.device)))
     size = max(size, _FEWEST_KEYS)
     splits = 0
     slots = call.blocks(size)
@@ -233,16 +237,21 @@ def run_decoding(q, k, v, g, sink, cu_seqlens, options) -> Tensor:
         splits = cdiv(call.window, size)
         slots = N * splits
     o = q.new_empty(1, N, HQ, V)
-    part = q.new_empty(slots, HQ, V, dtype=torch.float32)
-    most, sums, total = part.new_empty(3, slots, HQ)
-    total = None if g is None else total
-    constants = {**call.constants, **line.constants, "G": HQ // H, "BM": BM}
-    split_kernel[(slots * H * cdiv(HQ // H, BM),)](
-        q, k, v, g, cu_seqlens, part, most, sums, total, call.scale, options.gate_scale * LOG2E,
-        call.window, N, T, size, splits, **constants,
-    )  # fmt: skip
-    merge_kernel[(N * HQ,)](
-        part, most, sums, total, sink, cu_seqlens, o, call.window, T, size, splits,
-        HQ=HQ, V=V, BS=_PARTS, BV=call.constants["BV"],
-    )  # fmt: skip
+    parts = q.new_empty(slots, HQ, V, dtype=torch.float32)
+    marks = q.new_empty(3, slots, HQ, dtype=torch.float32)
+    numbers = call.window, N, T, size, slots, splits
+    launch(
+        split_kernel,
+        slots * H * cdiv(HQ // H, BM),
+        (q, k, v, g, cu_seqlens, parts, marks),
+        (call.scale, options.gate_scale * LOG2E.value, *numbers),
+        {**call.constants, **line.constants, "G": HQ // H, "BM": BM},
+    )
+    launch(
+        merge_kernel,
+        N * HQ,
+        (parts, marks, sink, cu_seqlens, o),
+        numbers,
+        {"HQ": HQ, "V": V, "BS": _PARTS, "BV": call.constants["BV"], "GATED": g is not None},
+    )
     return o

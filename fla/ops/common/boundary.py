@@ -14,56 +14,68 @@ import torch
 _library = torch.library.Library("fla", "FRAGMENT")
 
 
-def operator(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define ``fla::name`` from its schema, what it does and the shapes it returns."""
-    name = schema.split("(")[0]
+class Operator:
+    """``fla::name``, from its schema, what it does and the shapes it returns."""
 
-    def below_autocast(*args):
-        device = args[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return run(*args)
-        with torch.autocast(device, enabled=False):  # the engines choose their own precision
-            return run(*args)
+    def __init__(self, schema: str, run: Callable[..., Any], fake: Callable[..., Any]):
+        name = schema.split("(")[0]
+        self.name = f"fla::{name}"
 
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, below_autocast, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fla::{name}", fake, lib=_library)
-    return getattr(torch.ops.fla, name).default
+        def below_autocast(*args):
+            device = args[0].device.type
+            if not torch.is_autocast_enabled(device):
+                return run(*args)
+            with torch.autocast(device, enabled=False):  # the engines choose their own precision
+                return run(*args)
+
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, below_autocast, "CompositeExplicitAutograd")
+        torch.library.register_fake(self.name, fake, lib=_library)
+        self._run = below_autocast
+        self._dispatched = getattr(torch.ops.fla, name).default
+
+    def __call__(self, *args):
+        return self._dispatched(*args) if _watched(args[0]) else self._run(*args)
+
+
+def _watched(x: torch.Tensor) -> bool:
+    """Whether PyTorch may want to know of a call.
+
+    Where nothing differentiates, traces or transforms it, its way through the dispatcher would only
+    cost what a step of decoding notices.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or x.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def differentiable(
-    forward: Any,
-    backward: Any,
+    forward: Operator,
+    backward: Operator,
     save: Callable[..., None],
     gradients: Callable[..., tuple[Any, ...]],
-) -> Callable[..., Any]:
+) -> None:
     """Make ``backward`` the derivative of ``forward``, and its own derivative an error.
-
-    Returns what an engine calls in place of ``forward``.
 
     ``save(ctx, inputs, output)`` keeps what the backward wants; ``gradients(ctx, *grads)`` calls it
     and returns a gradient, or None, for each input of ``forward``.
     """
-    name = forward.name()
 
     def setup(ctx, inputs, output):
         ctx.set_materialize_grads(False)
         save(ctx, inputs, output)
 
-    torch.library.register_autograd(name, gradients, setup_context=setup, lib=_library)
+    torch.library.register_autograd(forward.name, gradients, setup_context=setup, lib=_library)
 
     def refuse(ctx, *grads):
-        raise RuntimeError(f"{name} has no second derivative")
+        raise RuntimeError(f"{forward.name} has no second derivative")
 
-    torch.library.register_autograd(backward.name(), refuse, lib=_library)
-
-    def call(*args):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return forward(*args)
-        with torch._C._AutoDispatchBelowAutograd():  # its Python layer costs a decoding step dear
-            return forward(*args)
-
-    return call
+    torch.library.register_autograd(backward.name, refuse, lib=_library)
 
 
 def absent(like: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HINTS = {
     "head_first": "tensors are always [B, T, H, D]; pass x.transpose(1, 2) for a head-first x",
     "offsets": "packed sequences are given as cu_seqlens",
@@ -39,22 +41,29 @@ def public(function: Function) -> Function:
     return face  # type: ignore[return-value]
 
 
-def operands(sizes: dict[str, int] | None = None, **expected: tuple[Any, str]) -> dict[str, int]:
+def operands(
+    sizes: dict[str, int] | None = None,
+    beside: tuple[str, torch.Tensor] | None = None,
+    **expected: tuple[Any, str],
+) -> dict[str, int]:
     """Check tensors against their notation and return the size of every letter.
 
     ``operands(q=(q, "B T H K"), g=(g, "?B T H"))`` also makes sure that each one is a floating
     point tensor on the device of the first, and that q, k and v share one dtype.  ``sizes`` binds
-    letters beforehand.
+    letters beforehand; ``beside`` is the first of them if it has been checked already.
     """
     sizes = dict(sizes or {})
-    first: tuple[str, torch.Tensor] | None = None
+    first = beside
     for name, (tensor, notation) in expected.items():
         if tensor is None and notation[0] == "?":
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating point tensor, got {tensor.dtype}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{name}: expected a floating point tensor, got {tensor.dtype}; "
+                "fp64, fp32, fp16 and bf16 are taken"
+            )
         if first is None:
             first = name, tensor
         elif tensor.device != first[1].device:
@@ -88,20 +97,27 @@ def _bind(sizes: dict[str, int], name: str, tensor: torch.Tensor, letters: list[
 def at_most(sizes: dict[str, int], **limits: int) -> None:
     """Head sizes have limits: ``at_most(sizes, K=256, V=512)``."""
     for letter, limit in limits.items():
-        if sizes[letter] > limit:
-            raise ValueError(f"{letter}: expected a head size up to {limit}, got {sizes[letter]}")
+        if not 1 <= sizes[letter] <= limit:
+            raise ValueError(
+                f"{letter}: expected a head size from 1 up to {limit}, got {sizes[letter]}"
+            )
 
 
 def divides(sizes: dict[str, int], many: str, few: str) -> None:
     """Grouped heads: ``divides(sizes, "HQ", "H")`` wants HQ to be a multiple of H."""
-    if sizes[many] % max(sizes[few], 1):
+    if sizes[many] // max(sizes[few], 1) * sizes[few] != sizes[many]:
         raise ValueError(
             f"{many}: expected a multiple of {few} = {sizes[few]}, got {sizes[many]} heads"
         )
 
 
-def number_of_sequences(q: torch.Tensor, cu_seqlens: Any, cu_seqlens_cpu: Any = None) -> int:
-    """N, from shapes alone: the batch, or the packed sequences, which want a batch of one."""
+def number_of_sequences(
+    q: torch.Tensor, cu_seqlens: Any, cu_seqlens_cpu: Any = None, tokens: str = "q"
+) -> int:
+    """N, from shapes alone: the batch, or the packed sequences, which want a batch of one.
+
+    ``tokens`` is what errors call q.
+    """
     if cu_seqlens is None:
         if cu_seqlens_cpu is not None:
             raise ValueError("cu_seqlens_cpu: expected None without cu_seqlens, got a tensor")
@@ -117,7 +133,7 @@ def number_of_sequences(q: torch.Tensor, cu_seqlens: Any, cu_seqlens_cpu: Any = 
             raise ValueError(f"{name}: expected [N + 1], got {list(bounds.shape)}")
     if cu_seqlens.device != q.device:
         raise ValueError(
-            f"cu_seqlens: expected the device of q, {q.device}, got {cu_seqlens.device}"
+            f"cu_seqlens: expected the device of {tokens}, {q.device}, got {cu_seqlens.device}"
         )
     if cu_seqlens_cpu is not None and cu_seqlens_cpu.device.type != "cpu":
         raise ValueError(f"cu_seqlens_cpu: expected the device cpu, got {cu_seqlens_cpu.device}")
@@ -126,7 +142,7 @@ def number_of_sequences(q: torch.Tensor, cu_seqlens: Any, cu_seqlens_cpu: Any = 
             f"cu_seqlens_cpu: expected {list(cu_seqlens.shape)}, got {list(cu_seqlens_cpu.shape)}"
         )
     if q.shape[0] != 1:
-        raise ValueError(f"q: expected a batch of 1 with cu_seqlens, got {q.shape[0]}")
+        raise ValueError(f"{tokens}: expected a batch of 1 with cu_seqlens, got {q.shape[0]}")
     return cu_seqlens.shape[0] - 1
 
 
@@ -152,6 +168,21 @@ def boundaries(
         raise ValueError("cu_seqlens_cpu: expected the values of cu_seqlens, got others")
 
 
+def number(name: str, value: Any, kind: type = numbers.Real) -> None:
+    """``kind`` is ``numbers.Real`` or ``numbers.Integral``."""
+    if not isinstance(value, kind):
+        expected = "a number" if kind is numbers.Real else "a whole number"
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def scale_or_default(scale: float | None, K: int) -> float:
+    """The factor on scores, ``K ** -0.5`` by default."""
+    if scale is None:
+        return K**-0.5
+    number("scale", scale)
+    return scale
+
+
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         listed = ", ".join(str(item) for item in allowed)
@@ -167,7 +198,8 @@ def state_layout(state_v_first: bool, transpose_state_layout: bool | None) -> bo
             "transpose_state_layout: expected None beside state_v_first, its new name, "
             f"got {transpose_state_layout}"
         )
-    warnings.warn(
-        "transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=4
-    )
+    if not torch.compiler.is_compiling():  # a graph cannot hold a warning
+        warnings.warn(
+            "transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=4
+        )
     return bool(transpose_state_layout)

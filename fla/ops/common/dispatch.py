@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,7 +41,8 @@ class Implementation:
     module: str
     refuses: Callable[[Problem], str | None] = lambda problem: None
 
-    def load(self) -> ModuleType:
+    @functools.cached_property
+    def stages(self) -> ModuleType:
         return importlib.import_module(self.module)
 
 
@@ -66,7 +68,7 @@ class Engine:
             if each.refuses(problem) is None:
                 if each.name == "eager" and problem.device.type != "cpu":
                     self._warn(problem)
-                return each.load()
+                return each.stages
         raise RuntimeError(f"{self.name}: no implementation takes {problem}")
 
     def _named(self, name: str, problem: Problem) -> ModuleType:
@@ -75,7 +77,7 @@ class Engine:
                 reason = each.refuses(problem)
                 if reason is not None:
                     raise RuntimeError(f"{self.name}: {name} cannot run here: {reason}")
-                return each.load()
+                return each.stages
         names = ", ".join(each.name for each in self.implementations)
         raise ValueError(f"{self.name}: expected one of {names}, got {name}")
 

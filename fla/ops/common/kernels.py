@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 _BLOCK = tl.constexpr(1024)
+_SEARCH = tl.constexpr(128)
 
 
 @triton.jit
@@ -59,6 +60,32 @@ def chunks_in(bos, length, start, stop, C: tl.constexpr):
     first = tl.cdiv(tl.maximum(start - bos, 0), C)
     last = tl.minimum(tl.cdiv(tl.maximum(stop - bos, 0), C), count)
     return first, last, count
+
+
+@triton.jit
+def first_slot(cu_seqlens, i_n, bos, T, C):
+    """The number of a sequence's first chunk among the slots that all chunks have."""
+    if cu_seqlens is None:
+        slot = i_n * tl.cdiv(T, C)
+    else:
+        slot = bos // C + i_n  # always leaves the sequences before it enough
+    return slot
+
+
+@triton.jit
+def chunk_in_slot(cu_seqlens, slot, N, T, C):
+    """The sequence whose slot this is, and which of its chunks; packed, it may not have so many."""
+    if cu_seqlens is None:
+        i_n = slot // tl.cdiv(T, C)
+        c = slot % tl.cdiv(T, C)
+    else:
+        i_n = slot * 0
+        for at in range(0, N, _SEARCH):
+            o_n = at + 1 + tl.arange(0, _SEARCH)
+            b_bos = tl.load(cu_seqlens + o_n, mask=o_n <= N, other=0).to(tl.int32)
+            i_n += tl.sum(((b_bos // C + o_n <= slot) & (o_n <= N)).to(tl.int32))
+        c = slot - i_n - tl.load(cu_seqlens + i_n).to(tl.int32) // C
+    return i_n, c
 
 
 @triton.jit

@@ -93,7 +93,7 @@ def backward(do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seq
         dbeta = dsolved * (missing - pairs.keys @ values)
         dq_in, dk_in, dk_out = b_do @ before.mT, -dmissing @ before.mT, values @ after.mT
         dg_in = q_in * dq_in + k_in * dk_in
-        dg_in[..., -1, :] += (x.whole(before) * after).sum(-1)
+        dg_in[..., -1, :] += torch.linalg.vecdot(x.whole(before), after)
         dq, dk = x.into(dq_in), x.into(dk_in) + x.out(dk_out)
         dg = pairs.backward(b_do @ values.mT, -dmissing @ values.mT, dq, dk, dg_in, k_out * dk_out)
         gradients.put(start, stop, x, dq, dk, dmissing, dg, dbeta)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fla.ops.common import contract
-from fla.ops.common.boundary import absent, differentiable, operator
-from fla.ops.common.device import accumulator
+from fla.ops.common.boundary import Operator, absent, differentiable
+from fla.ops.common.device import accumulator, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
 from fla.ops.common.sequences import Sequences
 from fla.ops.kda.gate import gate_parameters
@@ -40,7 +40,13 @@ class Options(NamedTuple):
 
 ENGINE = Engine(
     "delta",
+    Implementation("triton", "fla.ops.kda.triton", lambda at: lacks_triton(at.device, at.dtype)),
     Implementation("eager", "fla.ops.kda.eager"),
+)
+# A beta for each channel has no triangular system in common, so no chunks; token by token, a
+# backward pass would keep a state a token.
+CHANNELWISE_BACKWARD = Engine(
+    "channelwise delta backward", Implementation("eager", "fla.ops.kda.eager")
 )
 
 
@@ -64,9 +70,9 @@ def delta_engine(
     sizes["N"] = contract.number_of_sequences(q, cu_seqlens, cu_seqlens_cpu)
     if initial_state is not None:
         state = (initial_state, f"N HV {_tail(options)}")
-        contract.operands(sizes, q=(q, "B T H K"), initial_state=state)
+        contract.operands(sizes, ("q", q), initial_state=state)
     operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu
-    o, final_state, h = _differentiable(*operands, *_scaled(options, sizes))
+    o, final_state, h = _forward(*operands, *_scaled(options, sizes))
     return (
         o,
         final_state if options.output_final_state else None,
@@ -100,7 +106,7 @@ def delta_serve(
         raise ValueError("initial_state: expected a tensor to update in place, got None")
     rows = "N" if indices is None else "slots"
     state = (initial_state, f"?{rows} HV {_tail(options)}")
-    contract.operands(sizes, q=(q, "B T H K"), initial_state=state, out=(out, "?B T HV V"))
+    contract.operands(sizes, ("q", q), initial_state=state, out=(out, "?B T HV V"))
     with torch.no_grad():
         written = initial_state
         if not inplace:
@@ -128,7 +134,7 @@ def _check(q, k, v, g, beta, A_log, dt_bias, options: Options) -> dict[str, int]
     contract.at_most(sizes, **HEAD_LIMITS)
     if options.gate:
         parameters = gate_parameters(sizes, A_log, dt_bias, options.lower_bound)
-        contract.operands(sizes, q=(q, "B T H K"), **parameters)
+        contract.operands(sizes, ("q", q), **parameters)
     if options.neg_eigval and not options.beta_sigmoid:
         raise ValueError(
             "allow_neg_eigval: expected False without use_beta_sigmoid_in_kernel, got True; "
@@ -164,15 +170,19 @@ def _check_slots(N: int, device: torch.device, indices, accepted, inplace: bool)
 
 
 def _check_slot_values(state, cu_seqlens, T: int, indices, accepted) -> None:
-    """Check what lies on the host; devices are never asked."""
-    if indices is None or indices.device.type != "cpu" or not indices.shape[0]:
+    """Check what the host knows; devices are never asked."""
+    if indices is None or not indices.shape[0]:
         return
-    tokens, slots = indices.shape[1], state.shape[0]
-    longest = T if cu_seqlens is None else int(cu_seqlens.diff().max())
+    on_cpu = indices.device.type == "cpu"
+    tokens, slots, longest = indices.shape[1], state.shape[0], T
+    if cu_seqlens is not None:
+        longest = int(cu_seqlens.diff().max()) if on_cpu else 0
     if longest > tokens:
         raise ValueError(
             f"ssm_state_indices: expected a slot for each of {longest} tokens, got {tokens}"
         )
+    if not on_cpu:
+        return
     if indices.numel() and int(indices.max()) >= slots:
         raise ValueError(
             f"ssm_state_indices: expected slots below {slots}, got {int(indices.max())}"
@@ -186,8 +196,7 @@ def _tail(options: Options) -> str:
 
 
 def _scaled(options: Options, sizes: dict[str, int]) -> tuple:
-    scale = sizes["K"] ** -0.5 if options.scale is None else options.scale
-    return scale, *options[1:]
+    return contract.scale_or_default(options.scale, sizes["K"]), *options[1:]
 
 
 def _known(h: Tensor, cu_seqlens, cu_seqlens_cpu, options: Options) -> Tensor:
@@ -200,8 +209,8 @@ def _known(h: Tensor, cu_seqlens, cu_seqlens_cpu, options: Options) -> Tensor:
     return h[:, : int(((cu_seqlens_cpu.diff() + C - 1) // C).sum())]
 
 
-def _stages(q: Tensor, v: Tensor, options: Options):
-    return ENGINE.choose(Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options))
+def _stages(q: Tensor, v: Tensor, options: Options, engine: Engine = ENGINE):
+    return engine.choose(Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options))
 
 
 def _run_forward(
@@ -220,7 +229,8 @@ def _run_backward(
     if do is None:
         do = v.new_zeros(v.shape)
     operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
-    return _stages(q, v, options).backward(do, dstate, *operands, options)
+    engine = CHANNELWISE_BACKWARD if beta.dim() == 4 else ENGINE
+    return _stages(q, v, options, engine).backward(do, dstate, *operands, options)
 
 
 def _run_serve(
@@ -262,20 +272,20 @@ _OPTIONS = (
     "bool beta_sigmoid, bool neg_eigval, bool state_v_first, bool output_final_state, "
     "bool intermediate_states"
 )
-_forward = operator(
+_forward = Operator(
     f"delta_forward(Tensor q, {_OPERANDS}, Tensor? initial_state, Tensor? cu_seqlens, "
     f"Tensor? cu_seqlens_cpu, {_OPTIONS}) -> (Tensor o, Tensor state, Tensor h)",
     _run_forward,
     _fake_forward,
 )
-_backward = operator(
+_backward = Operator(
     f"delta_backward(Tensor q, Tensor? do, Tensor? dstate, {_OPERANDS}, Tensor? initial_state, "
     f"Tensor? cu_seqlens, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, "
     "Tensor dbeta, Tensor dA_log, Tensor ddt_bias, Tensor dstate)",
     _run_backward,
     _fake_backward,
 )
-_serve = operator(
+_serve = Operator(
     f"delta_serve(Tensor q, {_OPERANDS}, Tensor(a!) state, Tensor(b!) out, Tensor? cu_seqlens, "
     f"Tensor? indices, Tensor? accepted, {_OPTIONS}) -> ()",
     _run_serve,
@@ -305,4 +315,4 @@ def _gradients(ctx, do, dstate, _):
     return *gradients, None, None, *[None] * len(ctx.options)
 
 
-_differentiable = differentiable(_forward, _backward, _save, _gradients)
+differentiable(_forward, _backward, _save, _gradients)

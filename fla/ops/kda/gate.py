@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.ops.common import contract
-from fla.ops.common.boundary import absent, differentiable, operator
+from fla.ops.common.boundary import Operator, absent, differentiable
+from fla.ops.common.device import lacks_triton
+from fla.ops.common.dispatch import Engine, Implementation, Problem
 
 
 @contract.public
@@ -33,11 +35,12 @@ def fused_kda_gate(
         lower_bound: selects the second formula, whose decays lie between it and 0.
         output_dtype: dtype of the result; the arithmetic is fp32, fp64 for fp64 gates.
     """
-    if isinstance(g, Tensor) and g.dim() < 2:
-        raise ValueError(f"g: expected [..., HV, K], got {list(g.shape)}")
-    sizes = contract.operands(g=(g, " ".join([f"D{i}" for i in range(g.dim() - 2)] + ["HV", "K"])))
+    leading = [f"D{i}" for i in range(g.dim() - 2)] if isinstance(g, Tensor) else []
+    sizes = contract.operands(g=(g, " ".join([*leading, "HV", "K"])))
     parameters = gate_parameters(sizes, A_log, dt_bias, lower_bound)
-    contract.operands(sizes, **parameters)
+    contract.operands(sizes, ("g", g), **parameters)
+    if output_dtype not in contract.FLOATS:
+        raise TypeError(f"output_dtype: expected a floating point dtype, got {output_dtype}")
     return _forward(g, A_log, dt_bias, lower_bound, output_dtype)
 
 
@@ -79,8 +82,12 @@ def gate_parameters(
     """A_log and dt_bias as ``contract.operands`` wants them: of any shape, so flat."""
     if A_log is None and lower_bound is None:
         raise ValueError("A_log: expected a tensor where no lower_bound is given, got None")
+    if lower_bound is not None:
+        contract.number("lower_bound", lower_bound)
     sizes["HV*K"] = sizes["HV"] * sizes["K"]
-    A_log, dt_bias = (x.flatten() if isinstance(x, Tensor) else x for x in (A_log, dt_bias))
+    A_log, dt_bias = (
+        x.flatten() if isinstance(x, Tensor) and x.dim() != 1 else x for x in (A_log, dt_bias)
+    )
     return {"A_log": (A_log, "?HV"), "dt_bias": (dt_bias, "?HV*K")}
 
 
@@ -129,21 +136,48 @@ def _finite(x: Tensor) -> Tensor:
     return x.clamp(limits.min, limits.max)
 
 
-def _run_forward(g, A_log, dt_bias, lower_bound, output_dtype):
+def forward(g, A_log, dt_bias, lower_bound, output_dtype):
     dtype = torch.promote_types(g.dtype, torch.float32)
     gate = Gate(*g.shape[-2:], A_log, dt_bias, lower_bound, dtype)
     return gate.decay(g.to(dtype)).to(output_dtype)
 
 
-def _run_backward(g, dy, A_log, dt_bias, lower_bound):
+def backward(g, dy, A_log, dt_bias, lower_bound):
+    """The gradient of g, and where the parameter is there, of A_log [HV] and dt_bias [HV, K]."""
     dtype = torch.promote_types(g.dtype, torch.float32)
     gate = Gate(*g.shape[-2:], A_log, dt_bias, lower_bound, dtype)
     dx, drate = gate.backward(g.to(dtype), dy.to(dtype))
-    batch = tuple(range(g.dim() - 2))
+    rates, biases = (x[None].flatten(0, -3) for x in (drate, dx))  # [rows, HV, K]
     return (
         dx.to(g.dtype),
-        absent(g) if A_log is None else like(A_log, drate.sum((*batch, -1))),
-        absent(g) if dt_bias is None else like(dt_bias, dx.sum(batch)),
+        None if A_log is None else rates.sum((0, 2)),
+        None if dt_bias is None else biases.sum(0),
+    )
+
+
+ENGINE = Engine(
+    "gate",
+    Implementation(
+        "triton", "fla.ops.kda.gate_kernels", lambda at: lacks_triton(at.device, at.dtype)
+    ),
+    Implementation("eager", "fla.ops.kda.gate"),
+)
+
+
+def _choose(g: Tensor) -> Any:
+    return ENGINE.choose(Problem(g.device, g.dtype, g.shape[-1], g.shape[-1]))
+
+
+def _run_forward(g, *arguments):
+    return _choose(g).forward(g, *arguments)
+
+
+def _run_backward(g, dy, A_log, dt_bias, lower_bound):
+    dg, dA_log, ddt_bias = _choose(g).backward(g, dy, A_log, dt_bias, lower_bound)
+    return (
+        dg,
+        absent(g) if A_log is None else like(A_log, dA_log),
+        absent(g) if dt_bias is None else like(dt_bias, ddt_bias),
     )
 
 
@@ -156,13 +190,13 @@ def _fake_backward(g, dy, A_log, dt_bias, lower_bound):
     return tuple(absent(g) if x is None else x.new_empty(x.shape) for x in (g, A_log, dt_bias))
 
 
-_forward = operator(
+_forward = Operator(
     "delta_gate(Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound, "
     "ScalarType output_dtype) -> Tensor",
     _run_forward,
     lambda g, A_log, dt_bias, lower_bound, dtype: g.new_empty(g.shape, dtype=dtype),
 )
-_backward = operator(
+_backward = Operator(
     "delta_gate_backward(Tensor g, Tensor dy, Tensor? A_log, Tensor? dt_bias, float? lower_bound) "
     "-> (Tensor dg, Tensor dA_log, Tensor ddt_bias)",
     _run_backward,

@@ -15,10 +15,9 @@ import triton
 from torch import Tensor
 
 from fla.ops.common.boundary import absent
-from fla.ops.kda import eager
+from fla.ops.kda import recurrent
 from fla.ops.kda.chunk_inter import advance_kernel, join_kernel, scans_kernel
 from fla.ops.kda.chunk_intra import finish_kernel, gradients_kernel, intra_kernel
-from fla.ops.kda.recurrent import recurrent_kernel
 from fla.ops.kda.slots import rows_and_slots
 
 
@@ -37,8 +36,6 @@ INTRA = Launch(32, 2)
 GRADIENTS = Launch(32, 2)
 # Sᵀ [64, BK] is one warpgroup's accumulator; with V split in two, 64 heads fill the chip.
 SCAN = Launch(64, 4)
-# A column of states needs all of K at once; 32 of V are whole 128-byte lines of fp32.
-RECURRENT = Launch(32, 4)
 # Programs that fill the chip, one on each of an H200's 132 multiprocessors.
 FILLS_CHIP = 132
 # Chunks below which a segment's summary costs more than it saves.
@@ -53,6 +50,9 @@ def pipeline(BK: int, dtype: torch.dtype) -> int:
 
 def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options):
     """Return o [B, T, HV, V], the final state and the states before the chunks."""
+    if not options.chunk_size:
+        operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
+        return recurrent.forward(*operands, options)
     call = _Call(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options)
     o = torch.empty_like(call.v)
     final = call.new_state() if options.output_final_state else None
@@ -60,19 +60,14 @@ def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options
     if call.empty:
         if final is not None:
             final.copy_(initial_state) if initial_state is not None else final.zero_()
-    elif options.chunk_size:
+    else:
         call.intra()
         call.advance(o, initial_state, final, h)
-    else:
-        call.recurrent(initial_state, o, final)
     return o, absent(q) if final is None else final, absent(q) if h is None else h
 
 
 def backward(do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options):
     """Return the gradients of all that has one."""
-    if beta.dim() == 4:  # a beta for each channel has no triangular system in common
-        operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
-        return eager.backward(do, dstate, *operands, options)
     call = _Call(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options)
     dinitial = None if initial_state is None else initial_state.new_empty(initial_state.shape)
     if call.empty:
@@ -87,14 +82,7 @@ def backward(do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seq
     return *gradients, absent(q) if dinitial is None else dinitial
 
 
-def serve(q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, accepted, options):
-    """One token after another for all sequences at once; ``state`` and ``out`` are written."""
-    call = _Call(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options)
-    o = out if out.is_contiguous() else torch.empty_like(call.v)
-    if not call.empty and call.N:
-        call.recurrent(state, o, state, indices, accepted, in_place=True)
-    if o is not out:
-        out.copy_(o)
+serve = recurrent.serve
 
 
 class _Call:
@@ -114,10 +102,10 @@ class _Call:
         self.HV, self.V = v.shape[2:]
         self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.empty = q.numel() == 0 or v.numel() == 0
-        # the recurrent form is short and, token by token, exact: so is its gradient
-        exact = q.dtype == torch.float32 or options.chunk_size == 0
-        narrow = q.dtype == torch.bfloat16 and not exact
-        self.dtype = torch.bfloat16 if narrow else torch.float32
+        # The recurrent form is short and, token by token, exact: so is its gradient.  fp16 has as
+        # many bits as tf32, which tensor cores cut off rather than round.
+        exact = q.dtype != torch.bfloat16 or options.chunk_size == 0
+        self.dtype = torch.float32 if exact else torch.bfloat16
         self.BK = max(triton.next_power_of_2(self.K), 64)
         self.stages = pipeline(self.BK, self.dtype)
         self.C = CHUNK
@@ -263,24 +251,6 @@ class _Call:
         back = (dstate, dstates, solved, dinitial), (dstrides, self.strides(dinitial))
         run(*ahead, *back, VP)
         return values, solved, states, dstates
-
-    def recurrent(
-        self, state, o, final, indices=None, accepted=None, in_place: bool = False
-    ) -> None:
-        BK = triton.next_power_of_2(self.K)
-        BV = min(triton.next_power_of_2(self.V), RECURRENT.block)
-        blocks = triton.cdiv(self.V, BV)
-        recurrent_kernel[(self.rows * self.HV * blocks,)](
-            self.q, self.k, self.v, self.g, self.beta, self.A_log, self.dt_bias, self.cu_seqlens,
-            state, self.strides(state), o, final, self.strides(final),
-            None if indices is None else indices.contiguous(),
-            None if accepted is None else accepted.contiguous(),
-            self.options.scale, self.lower_bound,
-            self.T, self.rows, 0 if indices is None else indices.shape[1],
-            self.H, self.HV, self.K, self.V, BK=BK, BV=BV, BLOCKS=blocks, **self.activations,
-            CHANNELWISE=self.beta.dim() == 4, IN_PLACE=in_place,
-            num_warps=RECURRENT.warps, num_stages=1,
-        )  # fmt: skip
 
     def gradients(self, do, values, solved, states, dstates):
         VP, BLOCK, GROUP = values.shape[-1], min(self.BK, GRADIENTS.block), self.HV // self.H

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from fla.ops.common import contract
 from fla.ops.simple_gla.engine import linear_engine
 
 EPS = 1e-10
@@ -31,6 +32,9 @@ def normalize_with_z_state(
     z is the running sum of keys from ``z_init``, from the end when reversed: the engine's state for
     values that are all one.
     """
+    sizes = contract.operands(q=(q, "B T H K"), k=(k, "B T H K"), o=(o, "B T H V"))
+    sizes["N"] = contract.number_of_sequences(q, cu_seqlens)
+    contract.operands(sizes, ("q", q), z_init=(z_init, "?N 1 H K"))
     dtype = torch.promote_types(q.dtype, torch.float32)
     norm, z, _ = linear_engine(
         q.to(dtype),
@@ -42,8 +46,7 @@ def normalize_with_z_state(
         reverse=reverse,
         cu_seqlens=cu_seqlens,
     )
-    assert z is not None
-    return (o / (norm + EPS)).to(o.dtype), z.permute(0, 3, 1, 2)
+    return (o / (norm + EPS)).to(o.dtype), cast(Tensor, z).permute(0, 3, 1, 2)
 
 
 def linear_attention(

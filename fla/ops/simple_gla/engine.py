@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from fla.ops.common import contract
-from fla.ops.common.boundary import absent, differentiable, operator
+from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import accumulator
 from fla.ops.common.dispatch import Engine, Implementation, Problem
-from fla.ops.simple_gla import eager
 
 CHUNK_SIZES = (16, 32, 64, 128)
 HEAD_LIMITS = {"K": 512, "V": 512}
@@ -59,7 +58,7 @@ def linear_engine(
     check(q, k, v, g, g_gamma, initial_state, initial_z, state_v_first, cu_seqlens, cu_seqlens_cpu)
     if chunk_size is not None:
         contract.one_of("chunk_size", chunk_size, CHUNK_SIZES)
-    o, state, z, _ = _differentiable(
+    o, state, z, _ = _forward(
         q,
         k,
         v,
@@ -69,7 +68,7 @@ def linear_engine(
         initial_z,
         cu_seqlens,
         cu_seqlens_cpu,
-        q.shape[-1] ** -0.5 if scale is None else scale,
+        contract.scale_or_default(scale, q.shape[-1]),
         chunk_size or 0,
         reverse,
         normalize,
@@ -107,15 +106,15 @@ def check(
     sizes["N"] = contract.number_of_sequences(q, cu_seqlens, cu_seqlens_cpu)
     contract.operands(
         sizes,
-        q=(q, "B T H K"),
+        ("q", q),
         initial_state=(initial_state, "?N H V K" if state_v_first else "?N H K V"),
-        initial_z=(initial_z, "?N 1 H K"),
+        **{"initial_state[1]": (initial_z, "?N 1 H K")},
     )
 
 
 def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float | None) -> Tensor:
     """A_ij = scale q_i·k_j exp(G_i − G_j) for j ≤ i, [B, H, T, T], without a gradient."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = contract.scale_or_default(scale, q.shape[-1])
     return _attention_map(q.detach(), k.detach(), None if g is None else g.detach(), scale)
 
 
@@ -142,6 +141,10 @@ def _run_backward(
     return stages.backward(
         do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, options
     )
+
+
+def _run_attention_map(q, k, g, scale):
+    return ENGINE.choose(_problem(q, k, Options(scale))).attention_map(q, k, g, scale)
 
 
 def _fake_forward(q, k, v, g, g_gamma, state, z, cu_seqlens, cu_seqlens_cpu, *options):
@@ -171,14 +174,14 @@ _OPTIONS = (
     "float scale, int chunk_size, bool reverse, bool normalize, bool state_v_first, "
     "bool output_final_state"
 )
-_forward = operator(
+_forward = Operator(
     "linear_forward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, "
     "Tensor? initial_state, Tensor? initial_z, Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, "
     f"{_OPTIONS}) -> (Tensor o, Tensor state, Tensor z, Tensor norm)",
     _run_forward,
     _fake_forward,
 )
-_backward = operator(
+_backward = Operator(
     "linear_backward(Tensor q, Tensor? do, Tensor? dstate, Tensor? dz, Tensor k, Tensor v, "
     "Tensor? g, Tensor? g_gamma, Tensor? initial_state, Tensor? initial_z, Tensor? cu_seqlens, "
     f"Tensor o, Tensor norm, {_OPTIONS}) "
@@ -186,9 +189,9 @@ _backward = operator(
     _run_backward,
     _fake_backward,
 )
-_attention_map = operator(
+_attention_map = Operator(
     "linear_attention_map(Tensor q, Tensor k, Tensor? g, float scale) -> Tensor",
-    eager.attention_map,
+    _run_attention_map,
     lambda q, k, g, scale: q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[1]),
 )
 
@@ -212,4 +215,4 @@ def _gradients(ctx, do, dstate, dz, _):
     return dq, dk, dv, dg, None, dstate, dz, None, None, *[None] * len(ctx.options)
 
 
-_differentiable = differentiable(_forward, _backward, _save, _gradients)
+differentiable(_forward, _backward, _save, _gradients)

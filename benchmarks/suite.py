@@ -1,0 +1,141 @@
+"""What the suites of ``python -m benchmarks gpu`` share: what one is, and how a call is measured.
+
+A suite is a module with a ``SUITE``.  Each of its libraries is measured in a process of its own, so
+that ``fla-core``, another package called ``fla``, can stand beside this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Found = dict[str, Any]
+# An operator on keyword arguments, of which the floating point tensors have gradients.
+Call = Callable[..., Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One call with one set of inputs; ``first`` are the ms, forward and backward, to be reached.
+
+    Suites add what tells their inputs; all fields stand in the results.
+    """
+
+    name: str
+    first: tuple[float | None, float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Rows, and the libraries that each is measured in.
+
+    A library's function measures one row: ``forward`` and ``backward`` in ms, ``errors``, and what
+    else is worth keeping; nothing where the library has no such call.  ``host`` runs in ``ours``
+    and ``fla-core``; ``first_call`` in ``ours``, where no kernel is compiled yet.  ``remarks`` says
+    in words what the rows, each with the findings of all libraries, show together.
+    """
+
+    name: str  # of the file in results
+    rows: Sequence[Row]
+    libraries: dict[str, Callable[[Any], Found]]
+    host: Callable[[], Found] | None = None
+    first_call: Callable[[], Found] | None = None
+    remarks: Callable[[list[Found]], Iterator[str]] = lambda rows: iter(())
+
+
+def times(call: Call, inputs: Found, do: Tensor | None = None) -> Found:
+    """Median ms of the forward pass and, with ``do``, of the backward pass alone."""
+    found = {"forward": milliseconds(torch.inference_mode()(lambda: call(**inputs)))}
+    if do is not None:
+        inputs, leaves = _differentiable(inputs)
+        o = call(**inputs)
+        found["backward"] = milliseconds(
+            lambda: torch.autograd.grad(o, list(leaves.values()), do, retain_graph=True)
+        )
+    return found
+
+
+def milliseconds(run: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=100, rep=200, return_mode="median")
+
+
+def results(call: Call, inputs: Found, do: Tensor | None = None) -> dict[str, Tensor]:
+    """The output ``o`` and, with ``do``, every gradient, ``dq`` and so on."""
+    if do is None:
+        with torch.no_grad():
+            return {"o": call(**inputs)}
+    inputs, leaves = _differentiable(inputs)
+    o = call(**inputs)
+    gradients = torch.autograd.grad(o, list(leaves.values()), do.to(o.dtype))
+    return {"o": o.detach()} | dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
+
+
+def _differentiable(inputs: Found) -> tuple[Found, dict[str, Tensor]]:
+    """The inputs with leaves among them, and the leaves alone."""
+    leaves = {
+        name: x.detach().requires_grad_()
+        for name, x in inputs.items()
+        if isinstance(x, Tensor) and x.is_floating_point()
+    }
+    return inputs | leaves, leaves
+
+
+def errors(found: dict[str, Tensor], exact: dict[str, Tensor], most: float = 0.05) -> Found:
+    """RMS(found − exact) / RMS(exact); what is off by more than ``most`` is not worth its time."""
+    each = {
+        name: ((found[name].double() - x.double()).norm() / x.double().norm()).item()
+        for name, x in exact.items()
+        if x.any()
+    }
+    wrong = {name: error for name, error in each.items() if not error <= most}
+    if wrong:
+        raise ArithmeticError(f"wrong: {wrong}")
+    return each
+
+
+def extra_memory(run: Callable[[], Any]) -> int:
+    """The most bytes that ``run`` takes beside what was there before, its results included."""
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def wall_clock(run: Callable[[], Any], calls: int = 200) -> float:
+    """ms of a call among many back to back; with little to compute, the time of the host."""
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return min(times)
+
+
+def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    """How long one call takes, and its result."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def reached(row: Row, found: Found) -> bool:
+    """Whether a row ran and met what it is to reach."""
+    return all(
+        first is None or found.get(name, math.inf) <= first
+        for name, first in zip(("forward", "backward"), row.first, strict=True)
+    )

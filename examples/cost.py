@@ -1,0 +1,101 @@
+"""Time and memory against length: each operator, and PyTorch's softmax attention beside them.
+
+    python -m examples.cost
+
+One layer's mixing, forward and backward, 8 heads of 64 in fp32.  On a CPU each measurement runs in
+a process of its own, on a GPU all run in this one.  ``python -m benchmarks`` measures thoroughly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.cpu import Case, measure, prepare
+from examples.progress import Progress
+from examples.train import default_device
+from fla.testing.report import aligned
+
+SOFTMAX = "scaled_dot_product_attention"
+OPERATORS = {
+    "kda": "chunk_kda",
+    "lightning": "chunk_lightning_attn",
+    "simple_gla": "chunk_simple_gla",
+    "linear": "chunk_linear_attn",
+    "fox": "parallel_forgetting_attn",
+    "softmax": SOFTMAX,
+}
+LENGTHS = {"cpu": [512, 1024, 2048, 4096, 8192], "cuda": [2048, 4096, 8192, 16384, 32768]}
+
+Measured = dict[str, float]  # seconds and bytes
+
+
+def costs(device: str, lengths: Sequence[int]) -> dict[str, list[Measured]]:
+    """Of each operator at each length."""
+    found: dict[str, list[Measured]] = {label: [] for label in OPERATORS}
+    cases = [(label, T) for T in lengths for label in OPERATORS]
+    with Progress("cost", len(cases)) as bar:
+        for done, (label, T) in enumerate(cases):
+            bar.update(done, f"{label}, {T} tokens")
+            case = Case(OPERATORS[label], T, backward=True)
+            on = measure_on_gpu if torch.device(device).type == "cuda" else measure_apart
+            found[label].append(on(case, device))
+    return found
+
+
+def measure_apart(case: Case, _: str) -> Measured:
+    """In a fresh process: a server that has done nothing but imports forks it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.cpu"])
+    with context.Pool(1) as pool:
+        return pool.apply(measure, (case, 0.0))
+
+
+def measure_on_gpu(case: Case, device: str) -> Measured:
+    """Peak memory of a call and the least time of three."""
+    with torch.device(device):
+        call = prepare(case)
+    call()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    seconds = []
+    for _ in range(3):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return {
+        "seconds": min(seconds),
+        "bytes": torch.cuda.max_memory_allocated(device) - before,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    first, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.cost",
+        description=first,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default=default_device(), help="default here %(default)s")
+    parser.add_argument("--lengths", type=int, nargs="+", help="default 512 … 8192, 32768 on a GPU")
+    options = parser.parse_args(argv)
+    lengths = options.lengths or LENGTHS[torch.device(options.device).type]
+    found = costs(options.device, lengths)
+    rows = [["time, memory", *(f"{T} tokens" for T in lengths)]]
+    for label, measured in found.items():
+        cells = [f"{m['seconds'] * 1e3:.0f} ms, {m['bytes'] / 1e6:.0f} MB" for m in measured]
+        rows.append([label, *cells])
+    print(*aligned(rows), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

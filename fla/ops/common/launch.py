@@ -1,0 +1,50 @@
+"""Launching a kernel again without what Triton does anew at every launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Compiled kernels, and the values of their constants in the order of their parameters
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    tensors: tuple[Any, ...],
+    numbers: tuple[int | float | None, ...],
+    constants: dict[str, Any],
+) -> None:
+    """Launch ``programs`` programs of ``kernel`` where the first tensor is.
+
+    Its parameters stand in the order given here.
+
+    Triton looks at every argument of a launch for all that a kernel may be compiled for, which
+    takes the host longer than to launch what it finds.  Here little tells calls apart: integers are
+    below 2^31 and named in ``do_not_specialize``, and tensors, or None, begin at multiples of 16
+    bytes; where one does not, Triton looks.
+    """
+    device = tensors[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, programs, tensors, numbers, constants)
+    grid = (programs, 1, 1)
+    dtypes: list[Any] = []
+    address = 0
+    for x in tensors:
+        if x is None:
+            dtypes.append(None)
+        else:
+            dtypes.append(x.dtype)
+            address |= x.data_ptr()
+    key = (kernel.fn, device, *dtypes, *map(type, numbers), *constants.items())
+    if address % 16 == 0 and key in _compiled:
+        compiled, values = _compiled[key]
+        compiled[grid](*tensors, *numbers, *values)
+        return
+    compiled = kernel[grid](*tensors, *numbers, **constants)
+    if address % 16 == 0 and compiled is not None:  # the interpreter compiles nothing
+        names = kernel.arg_names[len(tensors) + len(numbers) :]
+        _compiled[key] = compiled, tuple(constants[name] for name in names)

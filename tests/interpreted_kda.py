@@ -1,0 +1,206 @@
+"""The delta engine's kernels on small shapes, as Triton interprets them.
+
+Run by ``test_kda_triton`` in a process of its own: whether Triton interprets is settled on import.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+from fla.ops.kda import eager
+from fla.ops.kda.engine import Options
+from fla.testing.compare import relative_error
+
+pytest.importorskip("triton")
+
+# The contract's 1e-4 leaves room for tf32×3, the interpreter is plain fp32.
+FP32 = 1e-5
+NAMES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+
+
+def operands(T, K, V, dtype=torch.float32, H=1, HV=1, B=1, lengths=None, gate="slow", **options):
+    """What ``forward`` takes, and the gradients of o and of the final state."""
+    torch.manual_seed(T + K + V)
+    N = len(lengths) if lengths else B
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) if lengths else None
+    options = {"scale": K**-0.5, "chunk_size": 64, "qk_l2norm": True, **options}
+    options = Options(output_final_state=True, **options)
+    q, k = torch.randn(2, B, T, H, K).to(dtype)
+    v, do = torch.randn(2, B, T, HV, V).to(dtype)
+    tail = (V, K) if options.state_v_first else (K, V)
+    state, dstate = torch.randn(2, N, HV, *tail)
+    g, beta = torch.randn(B, T, HV, K), torch.randn(B, T, HV)
+    A_log = dt_bias = None
+    if options.gate:
+        A_log, dt_bias = torch.randn(HV), torch.randn(HV * K)
+    elif gate == "slow":
+        g = -0.1 * g.abs()
+    elif gate == "mixed":
+        draw = torch.rand(g.shape)
+        g = torch.where(draw < 0.1, -1e4, torch.where(draw < 0.2, -1e-6, -0.05 * g.abs()))
+    elif gate == "growing":
+        g = 0.1 * g
+    beta = beta if options.beta_sigmoid else beta.sigmoid()
+    return (q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, options), do, dstate
+
+
+def wide(arguments):
+    return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments]
+
+
+def agree(arguments, do, dstate, bound):
+    """Compare with ``eager`` in fp64: o, the final state, and the gradient of every operand."""
+    from fla.ops.kda import triton as kernels
+
+    found = dict(zip(("o", "final"), kernels.forward(*arguments), strict=False))
+    expected = dict(zip(("o", "final"), eager.forward(*wide(arguments)), strict=False))
+    found.update(zip(NAMES, kernels.backward(do, dstate, *arguments), strict=True))
+    reference = eager.backward(do.double(), dstate.double(), *wide(arguments))
+    expected.update(zip(NAMES, reference, strict=True))
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) < bound, errors
+
+
+CASES = {
+    "one token": {"T": 1, "K": 16, "V": 16},
+    "odd sizes, grouped heads": {"T": 33, "K": 20, "V": 40, "H": 1, "HV": 2},
+    "mixed decays, several chunks": {"T": 70, "K": 72, "V": 24, "gate": "mixed"},
+    "growing": {"T": 40, "K": 16, "V": 16, "gate": "growing"},
+    "packed, empty ones, v first": {
+        "T": 68, "K": 16, "V": 24, "lengths": (0, 33, 0, 34, 1, 0), "state_v_first": True,
+    },
+    "softplus, doubled": {
+        "T": 35, "K": 20, "V": 16, "gate": None, "beta_sigmoid": True, "neg_eigval": True,
+    },
+    "lower bound": {"T": 35, "K": 20, "V": 16, "gate": None, "lower_bound": -5.0},
+    "recurrent": {"T": 3, "K": 20, "V": 40, "B": 2, "H": 1, "HV": 2, "chunk_size": 0},
+    "recurrent, v first, packed": {
+        "T": 4, "K": 20, "V": 40, "lengths": (0, 3, 0, 1, 0), "chunk_size": 0,
+        "state_v_first": True,
+    },
+    "recurrent, no token": {"T": 0, "K": 20, "V": 40, "B": 2, "chunk_size": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_agree_with_eager(case):
+    arguments = dict(CASES[case])
+    if arguments.get("gate", "") is None:
+        arguments["gate"] = True
+    agree(*operands(**arguments), bound=FP32)
+
+
+def test_fp16():
+    agree(*operands(35, 20, 24, torch.float16, gate="mixed"), bound=1e-3)
+
+
+def test_segments_are_joined():
+    from fla.ops.kda import triton as kernels
+
+    with mock.patch.multiple(kernels, FILLS_CHIP=6, SHORTEST_SEGMENT=1):
+        agree(*operands(170, 16, 24), bound=FP32)
+        agree(*operands(150, 16, 24, lengths=(0, 100, 50, 0), gate="mixed"), bound=FP32)
+
+
+def test_states_before_chunks():
+    from fla.ops.kda import triton as kernels
+
+    for lengths in (None, (0, 65, 5, 0)):
+        arguments, _, _ = operands(70, 16, 24, lengths=lengths, intermediate_states=True)
+        found = kernels.forward(*arguments)[2]
+        expected = eager.forward(*wide(arguments))[2]
+        chunks = 3 if lengths else 2
+        assert relative_error(found[:, :chunks], expected[:, :chunks]) < FP32
+
+
+def test_a_later_token_changes_no_bit_before_it():
+    from fla.ops.kda import triton as kernels
+
+    for gate in ("slow", "mixed"):
+        arguments, _, _ = operands(40, 16, 16, gate=gate)
+        before = kernels.forward(*arguments)[0]
+        for i in range(5):  # of q, k, v, g and beta each
+            arguments[i][:, 21] = -500.0 if i == 3 else 3.0
+        assert torch.equal(kernels.forward(*arguments)[0][:, :21], before[:, :21])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_v_first", [False, True])
+def test_serving(dtype, state_v_first):
+    from fla.ops.kda import triton as kernels
+
+    lengths, tokens = (2, 0, 1, 3), 3
+    more = {"lengths": lengths, "chunk_size": 0, "state_v_first": state_v_first}
+    arguments, _, _ = operands(6, 20, 40, HV=2, **more)
+    pool = torch.randn(12, 2, *arguments[7].shape[1:])[:, 0].to(dtype)  # strided slots
+    indices = torch.randperm(12).reshape(4, tokens)
+    indices[0, 1] = indices[3, 0] = -1
+    accepted = torch.tensor([1, 2, 1, 2])
+    results = []
+    for module, given in ((kernels, list(arguments)), (eager, wide(arguments))):
+        state, out = (
+            pool.clone() if module is kernels else pool.double(),
+            torch.zeros_like(given[2]),
+        )
+        rest = given[8], indices, accepted, given[9]
+        module.serve(*given[:7], state, out, *rest)
+        results.append((out, state))
+    (out, state), (expected_out, expected_state) = results
+    assert relative_error(out, expected_out) < FP32
+    assert relative_error(state, expected_state) < (FP32 if dtype == torch.float32 else 4e-3)
+    untouched = torch.ones(12, dtype=torch.bool)
+    for n, length in enumerate(lengths):
+        untouched[[slot for slot in indices[n, :length].tolist() if slot >= 0]] = False
+    assert torch.equal(state[untouched], pool[untouched])
+
+
+GATES = {"(5, 3, 2, 20)": (5, 3, 2, 20), "one row": (1, 700), "no row": (2, 0, 3, 8)}
+
+
+@pytest.mark.parametrize("lower_bound", [None, -5.0])
+@pytest.mark.parametrize("size", GATES)
+def test_gates(size, lower_bound):
+    from fla.ops.kda import gate, gate_kernels
+
+    torch.manual_seed(0)
+    g, dy = torch.randn(2, *GATES[size])
+    g, (HV, K) = 3 * g, GATES[size][-2:]
+    parameters = torch.randn(HV), torch.randn(HV * K)
+    rest = *(x.double() for x in parameters), lower_bound
+    found = gate_kernels.forward(g, *parameters, lower_bound, torch.float32)
+    assert relative_error(found, gate.forward(g.double(), *rest, torch.float64)) < FP32
+    gradients = gate_kernels.backward(g, dy, *parameters, lower_bound)
+    expected = gate.backward(g.double(), dy.double(), *rest)
+    for found, exact in zip(gradients, expected, strict=True):
+        assert relative_error(found, exact.view(found.shape)) < FP32
+
+
+def test_serving_in_place_without_slots():
+    """A state of any strides; that of a sequence without tokens keeps its bits."""
+    from fla.ops.kda import recurrent
+
+    arguments, _, _ = operands(5, 20, 40, lengths=(3, 0, 2), chunk_size=0)
+    *tokens, given, cu_seqlens, options = arguments
+    state, found = given.mT.contiguous().mT, torch.zeros_like(tokens[2])
+    recurrent.serve(*tokens, state, found, cu_seqlens, None, None, options)
+    o, final, _ = eager.forward(*wide(arguments))
+    assert relative_error(found, o) < FP32 and relative_error(state, final) < FP32
+    assert torch.equal(state[1], given[1])
+
+
+def test_tokens_without_a_slot_are_not_stored():
+    """Where a packing has more tokens than slots, which only a device knows."""
+    from fla.ops.kda import recurrent
+
+    arguments, _, _ = operands(5, 20, 40, lengths=(3, 2), chunk_size=0)
+    pool, indices = torch.randn(4, 1, 20, 40), torch.tensor([[1, 2], [3, 0]])
+    longer = torch.tensor([[1, 2, -1], [3, 0, -1]])
+    results = []
+    for slots in (indices, longer):
+        state, out = pool.clone(), torch.zeros_like(arguments[2])
+        recurrent.serve(*arguments[:7], state, out, arguments[8], slots, None, arguments[9])
+        results.append((state, out))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

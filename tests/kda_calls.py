@@ -1,0 +1,98 @@
+"""Calls that between them use every launch of the delta engine, with and without each option.
+
+As a program it makes part i of n of them, for compute-sanitizer: ``kda_calls.py i n``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+from fla.testing import OpSpec, Shape, all_specs
+from fla.testing.compare import named_results
+
+_HEADS = ((64, 64), (128, 128), (256, 512), (20, 33), (96, 130))
+_DENSE, _PACKED = (200,), (0, 130, 0, 257, 1, 0)
+_FEW, _FEW_PACKED = (3,), (0, 3, 1, 0)
+
+
+class Launch(NamedTuple):
+    """A call, whose sequences may fall into ``segments``."""
+
+    name: str
+    dtype: torch.dtype
+    K: int
+    V: int
+    variant: str
+    lengths: tuple[int, ...]
+    group: int = 2
+    segments: bool = False
+
+    @property
+    def spec(self) -> OpSpec:
+        return next(spec for spec in all_specs() if spec.name == self.name)
+
+    @property
+    def shape(self) -> Shape:
+        sizes = {"K": self.K, "V": self.V, "group": self.group}
+        if len(self.lengths) > 1:
+            return Shape.packed(*self.lengths, **sizes)
+        return Shape(T=self.lengths[0], **sizes)
+
+    def as_told(self):
+        """Inside, long sequences fall into segments, or none does."""
+        from fla.ops.kda import triton as kernels
+
+        few = {"FILLS_CHIP": 1 << 20, "SHORTEST_SEGMENT": 1} if self.segments else {"FILLS_CHIP": 1}
+        return mock.patch.multiple(kernels, **few)
+
+
+def chunked() -> Iterator[Launch]:
+    name = "chunk_kda"
+    for K, V in _HEADS:
+        yield Launch(name, torch.bfloat16, K, V, "raw, lower bound, state", _DENSE)
+        yield Launch(name, torch.bfloat16, K, V, "state", _PACKED)
+        yield Launch(name, torch.bfloat16, K, V, "state", _PACKED, segments=True)
+    for dtype in (torch.float16, torch.float32):
+        yield Launch(name, dtype, 64, 64, "raw, softplus, doubled", _DENSE)
+        yield Launch(name, dtype, 128, 128, "v first", _PACKED)
+        yield Launch(name, dtype, 128, 64, "chunk 32", _PACKED, group=1, segments=True)
+    yield Launch(name, torch.float16, 256, 64, "plain", (70,))
+    yield Launch(name, torch.float32, 256, 64, "growth", (70,))
+    yield Launch(name, torch.bfloat16, 128, 128, "bound alone", _DENSE, group=1)
+
+
+def recurrent() -> Iterator[Launch]:
+    variants = ("state", "v first", "raw, lower bound, state", "raw, channel beta")
+    for dtype, variant in itertools.product((torch.bfloat16, torch.float32), variants):
+        yield Launch("fused_recurrent_kda", dtype, 128, 128, variant, _FEW)
+        yield Launch("fused_recurrent_kda", dtype, 96, 130, variant, _FEW_PACKED)
+        yield Launch("fused_recurrent_kda_fwd", dtype, 128, 128, variant, _FEW)
+    for K, V in ((20, 33), (64, 64), (256, 512)):
+        yield Launch("fused_recurrent_kda_fwd", torch.float16, K, V, "v first", _FEW)
+        yield Launch("fused_recurrent_kda_fwd", torch.float32, K, V, "state", _FEW_PACKED)
+
+
+def gates() -> Iterator[Launch]:
+    for dtype, K, T in itertools.product(
+        (torch.bfloat16, torch.float32), (20, 128), (_FEW, (700,))
+    ):
+        for variant in ("softplus", "lower bound"):
+            yield Launch("fused_kda_gate", dtype, K, K, variant, T)
+
+
+def main(part: int, parts: int) -> None:
+    for launch in itertools.islice((*chunked(), *recurrent(), *gates()), part, None, parts):
+        arguments = launch.spec.arguments(launch.shape, launch.variant, launch.dtype, "cuda")
+        with launch.as_told():
+            named_results(launch.spec.outputs, arguments, launch.spec.gradients)
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

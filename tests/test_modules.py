@@ -1,0 +1,457 @@
+"""Norms, short convolutions and rotary positions: plain PyTorch and kernels against fp64."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiling import compiling
+
+from fla.modules import (
+    FusedRMSNormGated,
+    L2Norm,
+    RMSNorm,
+    RotaryEmbedding,
+    ShortConvolution,
+    l2_norm,
+    l2norm,
+)
+from fla.modules.conv import engine as conv_engine
+from fla.modules.norm import engine as norm_engine
+from fla.ops.common import dispatch
+from fla.testing.compare import relative_error
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+
+# Each check runs in plain PyTorch on all dtypes, and as kernels in fp32 inside test_interpreted.
+RUNS = [("triton", torch.float32)] if INTERPRETED else [("eager", dtype) for dtype in BOUNDS]
+HALF = [("triton", torch.float16)] if INTERPRETED else []
+runs = pytest.mark.parametrize("name, dtype", RUNS)
+halves_too = pytest.mark.parametrize("name, dtype", RUNS + HALF)
+outside = pytest.mark.skipif(INTERPRETED, reason="not of kernels that are interpreted")
+
+
+@contextlib.contextmanager
+def implementation(name):
+    """Run this one; the interpreter takes tensors on the CPU."""
+    with contextlib.ExitStack() as stack:
+        for engine in (norm_engine, conv_engine) if name == "triton" else ():
+            stack.enter_context(mock.patch.object(engine, "lacks_triton", lambda *_: None))
+        stack.enter_context(dispatch.use(name))
+        yield
+
+
+def draw(*size, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed + sum(size))
+    return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def results(run, inputs, wide=False):
+    """Outputs and gradients under a fixed cotangent of each output."""
+    leaves = {
+        name: (x.double() if wide else x).detach().requires_grad_()
+        for name, x in inputs.items()
+        if x is not None
+    }
+    outputs = [x for x in run(**leaves) if x is not None]
+    loss = sum((x * draw(*x.shape, seed=7).to(x.dtype)).sum() for x in outputs)
+    gradients = torch.autograd.grad(
+        loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    named = dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
+    return {f"out[{i}]": x.detach() for i, x in enumerate(outputs)} | named
+
+
+def agree(run, reference, inputs, name, dtype, bound=None):
+    """Outputs and gradients within rounding of fp64 on the same values; dtypes are kept."""
+    with implementation(name):
+        found = results(run, inputs)
+    expected = results(reference, inputs, wide=True)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert relative_error(found[key], value) < (bound or BOUNDS[dtype]), key
+        if key.startswith("d"):
+            assert found[key].dtype == inputs[key[1:]].dtype, key
+
+
+# Norms
+
+
+def activated(g, activation):
+    return torch.sigmoid(g) if activation == "sigmoid" else F.silu(g)
+
+
+def norm_reference(x, weight=None, g=None, residual=None, *, eps, mean, activation="swish"):
+    h = x if residual is None else x + residual
+    size = h.square().mean(-1, True) if mean else h.square().sum(-1, True)
+    y = h / (size + eps).sqrt()
+    y = y if weight is None else y * weight
+    return y if g is None else y * activated(g, activation), h
+
+
+NORM_SHAPES = [(0, 8), (1, 2), (3, 5, 2, 20), (70, 33), (2, 130)]
+
+
+@runs
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+def test_l2norm(name, dtype, shape):
+    agree(
+        lambda x: [l2norm(x)],
+        lambda x: [norm_reference(x, eps=1e-6, mean=False)[0]],
+        {"x": draw(*shape, dtype=dtype)},
+        name,
+        dtype,
+    )
+
+
+@runs
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("activation", ["swish", "silu", "sigmoid"])
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+def test_gated_norm(name, dtype, shape, activation, affine):
+    module = FusedRMSNormGated(shape[-1], affine, 1e-5, activation)
+    inputs = {"x": draw(*shape, dtype=dtype), "g": draw(*shape, seed=1, dtype=dtype)}
+    if affine:
+        inputs["weight"] = draw(shape[-1], seed=2, dtype=torch.promote_types(dtype, torch.float32))
+
+    def run(x, g, weight=None):
+        return [torch.func.functional_call(module, {"weight": weight} if affine else {}, (x, g))]
+
+    def reference(**inputs):
+        return [norm_reference(**inputs, eps=1e-5, mean=True, activation=activation)[0]]
+
+    agree(run, reference, inputs, name, dtype)
+
+
+@halves_too
+@pytest.mark.parametrize("in_fp32", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_residual(name, dtype, gated, in_fp32):
+    """The sum comes out too, and its gradient goes back to both."""
+    D = 20
+    module = FusedRMSNormGated(D) if gated else RMSNorm(D)
+    sum_dtype = torch.promote_types(dtype, torch.float32) if in_fp32 else dtype
+    inputs = {
+        "x": draw(7, D, dtype=dtype),
+        "residual": draw(7, D, seed=3, dtype=sum_dtype),
+        "g": draw(7, D, seed=4, dtype=dtype) if gated else None,
+    }
+
+    def run(x, residual, g=None):
+        more = (g,) if gated else ()
+        y, h = module(x, *more, residual=residual, prenorm=True, residual_in_fp32=in_fp32)
+        assert (y.dtype, h.dtype) == (x.dtype, sum_dtype)
+        return y, h
+
+    agree(run, lambda **given: norm_reference(**given, eps=1e-5, mean=True), inputs, name, dtype)
+
+
+@outside
+def test_the_sum_without_a_residual():
+    x = draw(3, 8, dtype=torch.bfloat16)
+    norm = RMSNorm(8)
+    assert norm(x, prenorm=True)[1] is x
+    y, h = norm(x, prenorm=True, residual_in_fp32=True)
+    assert torch.equal(h, x.float()) and torch.equal(y, norm(x))
+
+
+@outside
+def test_names_of_the_l2_norm():
+    x = draw(4, 8, dtype=torch.bfloat16)
+    assert l2_norm is l2norm
+    assert torch.equal(L2Norm()(x), l2norm(x, 1e-6))
+    assert l2norm(x, output_dtype=torch.float32).dtype == torch.float32
+
+
+# Convolutions
+
+
+def conv_reference(x, weight, bias=None, residual=None, cache=None, *, bounds, silu):
+    """One sequence after the other, through PyTorch's own convolution."""
+    D, W = weight.shape[0], weight.shape[-1]
+    rows, finals = [], []
+    for n, (row, start, stop) in enumerate(bounds):
+        history = x.new_zeros(D, W) if cache is None else cache[n]
+        whole = torch.cat([history, x[row, start:stop].T], 1)
+        finals.append(whole[:, whole.shape[1] - W :])
+        if stop > start:
+            y = F.conv1d(whole[None, :, 1:], weight.reshape(D, 1, W), bias, groups=D)[0].T
+            rows.append(F.silu(y) if silu else y)
+    y = torch.cat([*rows, x.new_zeros(0, D)]).reshape(x.shape)
+    return y if residual is None else y + residual, torch.stack(finals)
+
+
+def dense(B, T):
+    return (B, T), [(row, 0, T) for row in range(B)], None
+
+
+def packed(*lengths):
+    cu_seqlens = [0, *itertools.accumulate(lengths)]
+    spans = [(0, *span) for span in itertools.pairwise(cu_seqlens)]
+    return (1, cu_seqlens[-1]), spans, torch.tensor(cu_seqlens, dtype=torch.int32)
+
+
+CONV_SHAPES = {
+    "none": dense(2, 0),
+    "one": dense(3, 1),
+    "two": dense(1, 2),
+    "some": dense(2, 45),
+    "packed": packed(0, 5, 0, 0, 30, 1, 2, 3, 0),
+    "packed ones": packed(1, 1, 1, 1, 1),
+    "packed, no tokens": packed(0, 0),
+}
+
+
+@runs
+@pytest.mark.parametrize("everything", [True, False])
+@pytest.mark.parametrize("W", [1, 3, 4])
+@pytest.mark.parametrize("shape", CONV_SHAPES)
+def test_convolution(name, dtype, shape, W, everything):
+    (B, T), spans, cu_seqlens = CONV_SHAPES[shape]
+    D = 20
+    wide = torch.promote_types(dtype, torch.float32)
+    module = ShortConvolution(D, W, bias=everything, activation="silu" if everything else None)
+    inputs = {"x": draw(B, T, D, dtype=dtype), "weight": draw(D, 1, W, seed=1, dtype=wide)}
+    if everything:
+        inputs["bias"] = draw(D, seed=2, dtype=wide)
+        inputs["residual"] = draw(B, T, D, seed=3, dtype=dtype)
+        inputs["cache"] = draw(len(spans), D, W, seed=4, dtype=dtype)
+
+    def run(x, weight, bias=None, residual=None, cache=None):
+        parameters = {"weight": weight, **({"bias": bias} if everything else {})}
+        given = {"cache": cache, "output_final_state": True, "cu_seqlens": cu_seqlens}
+        return torch.func.functional_call(module, parameters, (x, residual), given)
+
+    def reference(**inputs):
+        return conv_reference(**inputs, bounds=spans, silu=everything)
+
+    agree(run, reference, inputs, name, dtype)
+
+
+@halves_too
+def test_convolution_token_by_token(name, dtype):
+    """A split run is the whole run."""
+    module = ShortConvolution(20, 4, bias=True, dtype=dtype)
+    x = draw(2, 9, 20, dtype=dtype)
+    with implementation(name), torch.no_grad():
+        whole, last = module(x, output_final_state=True)
+        assert module(x)[1] is None
+        steps, cache = [], None
+        for start, stop in ((0, 1), (1, 2), (2, 5), (5, 5), (5, 6), (6, 9)):
+            y, cache = module(x[:, start:stop], cache=cache, output_final_state=True)
+            steps.append(y)
+    assert relative_error(torch.cat(steps, 1), whole) < BOUNDS[dtype]
+    assert torch.equal(cache, last)
+    assert torch.equal(last, x[:, 5:].mT) and last.dtype == dtype
+
+
+@runs
+def test_masked_convolution(name, dtype):
+    module = ShortConvolution(8, 3, dtype=dtype)
+    x, mask = draw(2, 6, 8, dtype=dtype), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    with implementation(name), torch.no_grad():
+        y, _ = module(x, mask=mask)
+        alone, _ = module(x[:1, 2:])
+    assert torch.equal(y[:1, 2:], alone)
+
+
+@runs
+def test_strides_and_untouched_inputs(name, dtype):
+    inputs = {
+        "x": draw(2, 20, 9, dtype=dtype).mT,  # time last in memory
+        "residual": draw(1, 1, 20, dtype=dtype).expand(2, 9, 20),
+    }
+    conv, norm = ShortConvolution(20, 4, dtype=dtype), FusedRMSNormGated(20, dtype=dtype)
+    copies = {key: x.clone() for key, x in inputs.items()}
+    with implementation(name), torch.no_grad():
+        for run in (conv, lambda x, residual: norm(x, x, residual, True)):
+            found = run(**inputs)
+            expected = run(**{key: x.contiguous() for key, x in inputs.items()})
+            for a, b in zip(found, expected, strict=True):
+                assert a is b or relative_error(a, b) < BOUNDS[dtype]
+    assert all(torch.equal(x, copies[key]) for key, x in inputs.items())
+
+
+@halves_too
+def test_repeats_bit_for_bit(name, dtype):
+    conv, norm = ShortConvolution(40, 4, bias=True, dtype=dtype), RMSNorm(40, dtype=dtype)
+    x = draw(2, 90, 40, dtype=dtype).requires_grad_()
+    with implementation(name):
+        first, second = (
+            torch.autograd.grad(
+                norm(conv(x)[0]).square().sum(), [x, *conv.parameters(), *norm.parameters()]
+            )
+            for _ in range(2)
+        )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@outside
+def test_interpreted():
+    """The tests above, in a process that interprets kernels."""
+    pytest.importorskip("triton")
+    arguments = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@outside
+@pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(other, marks=pytest.mark.wide) for other in (80, 100))]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kernels_compile(dtype, capability):
+    pytest.importorskip("triton")
+    from fla.modules.conv import triton as conv
+    from fla.modules.norm import triton as norm
+
+    x, state = torch.empty(1, 64, 128, dtype=dtype), torch.empty(2, 128, 4, dtype=dtype)
+    weight, bias, cu_seqlens = torch.empty(128, 4), torch.empty(128), torch.zeros(3).int()
+    with compiling(capability) as compiled:
+        options = conv_engine.Options(True, True)
+        conv.forward(x, weight, bias, x, state, cu_seqlens, options)
+        conv.backward(x, state, x, weight, bias, state, cu_seqlens, options)
+        options = conv_engine.Options(False, False)
+        conv.forward(x, weight, None, None, None, None, options)
+        conv.backward(x, None, x, weight, None, None, None, options)
+        for D in (128, 4096, 32768):
+            x, weight = torch.empty(4, D, dtype=dtype), torch.empty(D)
+            options = norm_engine.Options(1e-5, True, "swish", dtype, torch.float32)
+            norm.forward(x, weight, x, x, options)
+            norm.backward(x, x, x, weight, x, options)
+        options = norm_engine.Options(1e-6, False, "sigmoid", dtype)
+        norm.forward(x, None, None, None, options)
+        norm.backward(x, None, x, None, None, options)
+    assert len(compiled) == 12
+    assert max(kernel.metadata.shared for kernel in compiled) <= 48 << 10
+
+
+# Positions
+
+
+@outside
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_rotary(dtype, interleaved):
+    """Pairs of channels as complex numbers, turned by their positions."""
+    dim, base = 8, 100.0
+    rotary = RotaryEmbedding(dim, base, interleaved=interleaved)
+    inputs = {"q": draw(2, 7, 4, 12, dtype=dtype), "k": draw(2, 7, 2, 12, seed=1, dtype=dtype)}
+    offset = torch.tensor([0, 3])
+
+    def turned(x):
+        pairs = x[..., :dim].unflatten(-1, (-1, 2) if interleaved else (2, -1))
+        pairs = pairs if interleaved else pairs.mT
+        angles = (torch.arange(7) + offset[:, None]).double()[..., None] * base ** (
+            -torch.arange(0, dim, 2).double() / dim
+        )
+        whole = torch.view_as_complex(pairs.contiguous()) * torch.polar(
+            torch.ones_like(angles), angles
+        ).unsqueeze(2)
+        whole = torch.view_as_real(whole)
+        whole = (whole if interleaved else whole.mT).flatten(-2)
+        return torch.cat([whole, x[..., dim:]], -1)
+
+    agree(
+        lambda q, k: rotary(q, k, offset),
+        lambda q, k: (turned(q), turned(k)),
+        inputs,
+        "eager",
+        dtype,
+    )
+
+
+@outside
+def test_rotary_of_packed_sequences():
+    rotary = RotaryEmbedding(8)
+    q, k = draw(1, 9, 2, 8), draw(1, 9, 2, 8, seed=1)
+    cu_seqlens, offset = torch.tensor([0, 0, 4, 9]), torch.tensor([5, 2, 7])
+    whole = rotary(q, k, offset, cu_seqlens)
+    for (start, stop), first in zip(((0, 4), (4, 9)), (2, 7), strict=True):
+        alone = rotary(q[:, start:stop], k[:, start:stop], first)
+        for a, b in zip(whole, alone, strict=True):
+            torch.testing.assert_close(a[:, start:stop], b, rtol=1e-12, atol=1e-12)
+
+
+@outside
+def test_rotary_scores_follow_distance_alone():
+    rotary = RotaryEmbedding(8)
+    q, k = draw(1, 5, 1, 8), draw(1, 5, 1, 8, seed=1)
+    scores = [torch.einsum("bihd,bjhd->bij", *rotary(q, k, offset)) for offset in (0, 1000)]
+    torch.testing.assert_close(*scores, rtol=1e-9, atol=1e-9)
+
+
+# What does not fit
+
+
+def refusals():
+    conv = ShortConvolution(8, 4)
+    norm = FusedRMSNormGated(8)
+    rotary = RotaryEmbedding(8)
+    x, bounds = torch.zeros(2, 5, 8), torch.tensor([0, 2, 5])
+    heads = x[:, :, None]
+    return {
+        "x: expected [B, T, D], got [5, 8]": lambda: conv(x[0]),
+        "x: expected [B, T, D] = [2, 5, 8], got [2, 5, 7]": lambda: conv(x[..., :7]),
+        "x: expected a batch of 1 with cu_seqlens, got 2": lambda: conv(x, cu_seqlens=bounds),
+        "cache: expected [N, D, W] = [2, 8, 4], got [2, 8, 3]": lambda: conv(
+            x, cache=torch.zeros(2, 8, 3)
+        ),
+        "mask: expected [B, T] = [2, 5], got [2, 4]": lambda: conv(x, mask=torch.ones(2, 4)),
+        "residual: expected [B, T, D] = [2, 5, 8], got [2, 4, 8]": lambda: conv(x, x[:, :4]),
+        "activation: expected one of silu, swish, None, got relu": lambda: ShortConvolution(
+            8, 4, activation="relu"
+        ),
+        "backend: expected one of triton, cuda, got torch": lambda: ShortConvolution(
+            8, 4, backend="torch"
+        ),
+        "x: expected [..., 8], got [2, 5, 7]": lambda: norm(x[..., :7], x),
+        "g: expected [D1, D2, D] = [2, 5, 8], got [2, 5, 7]": lambda: norm(x, x[..., :7]),
+        "activation: expected one of swish, silu, sigmoid, got relu": lambda: FusedRMSNormGated(
+            8, activation="relu"
+        ),
+        "dim: expected an even number of channels, got 7": lambda: RotaryEmbedding(7),
+        "k: expected [B, T, H, K], got [2, 5, 8]": lambda: rotary(heads, x),
+        "q: expected a head of at least dim = 8, got 4": lambda: rotary(
+            heads[..., :4], heads[..., :4]
+        ),
+        "seqlen_offset: expected [N] = [2], got [3]": lambda: rotary(heads, heads, torch.zeros(3)),
+    }
+
+
+@outside
+@pytest.mark.parametrize("message", refusals())
+def test_refusals(message):
+    with pytest.raises(ValueError) as caught:
+        refusals()[message]()
+    assert str(caught.value).startswith(message)
+
+
+@outside
+def test_refusals_of_types():
+    with pytest.raises(TypeError, match="x: expected a tensor, got float"):
+        l2norm(1.0)
+    with pytest.raises(TypeError, match=r"x: expected a floating point tensor, got torch\.int64"):
+        l2norm(torch.zeros(3, 4).long())
+    with pytest.raises(TypeError, match=r"head_first: .* no such argument"):
+        ShortConvolution(8, 4)(torch.zeros(1, 2, 8), head_first=True)
+
+
+@outside
+def test_compiles_as_one_graph():
+    conv, norm = ShortConvolution(8, 4), FusedRMSNormGated(8)
+    compiled = torch.compile(
+        lambda x: norm(conv(x)[0], x), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for T in (5, 9):
+        x = draw(2, T, 8, dtype=torch.float32)
+        torch.testing.assert_close(compiled(x), norm(conv(x)[0], x))
