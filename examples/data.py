@@ -105,23 +105,30 @@ class Pieces:
         return *packed, torch.tensor(bounds, dtype=torch.int32)  # type: ignore[return-value]
 
 
+def hold_out(documents: list[bytes], most: int) -> tuple[list[bytes], list[bytes]]:
+    """Documents to train on, and the last ones of ``most`` bytes, or the end of a long one."""
+    trained = list(documents)
+    held_out: list[bytes] = []
+    while len(trained[-1]) <= most:
+        held_out.insert(0, trained.pop())
+        most -= len(held_out[0])
+    if not held_out:
+        long = trained.pop()
+        trained, held_out = [*trained, long[:-most]], [long[-most:]]
+    return trained, held_out
+
+
 class Corpus:
     """Documents to train on and documents held out, cut into pieces and packed into batches."""
 
     def __init__(self, documents: list[bytes], context: int):
-        held_out = max(round(len(documents) * HELD_OUT), 1)
-        if len(documents) == 1:  # a single one is cut in two
-            [text] = documents
-            at = len(text) - max(round(len(text) * HELD_OUT), 1)
-            documents = [text[:at], text[at:]]
-        if sum(map(len, documents)) < 2 * context:
+        total = sum(map(len, documents))
+        if total < 2 * context:
             raise ValueError(
-                f"text: expected at least two contexts of {context} bytes, "
-                f"got {sum(map(len, documents))} bytes"
+                f"text: expected at least two contexts of {context} bytes, got {total} bytes"
             )
-        self.train = Pieces.of(documents[:-held_out], context)
-        self.held_out = Pieces.of(documents[-held_out:], context)
-        self.documents = documents[:-held_out], documents[-held_out:]
+        self.documents = hold_out(documents, max(round(total * HELD_OUT), 1))
+        self.train, self.held_out = (Pieces.of(each, context) for each in self.documents)
         self.fingerprint = zlib.crc32(b"\0".join(documents))
 
     def batch(self, tokens: int, generator: torch.Generator) -> Batch:

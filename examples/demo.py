@@ -52,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default=default_device(), help="default here %(default)s")
     parser.add_argument("--out", type=Path, default=Path("demo/page.html"), help="the page")
     options = parser.parse_args(argv)
-    return demo(options.out, options.device, Sizes())
+    try:
+        return demo(options.out, options.device, Sizes())
+    except KeyboardInterrupt:
+        print("stopped")
+        return 130
 
 
 def demo(out: Path, device: str, sizes: Sizes) -> int:
@@ -61,8 +65,7 @@ def demo(out: Path, device: str, sizes: Sizes) -> int:
     print("Training a language model of Kimi Delta Attention on ledgers, the built-in language")
     trainer = Trainer(Config("kda"), sizes.run, Corpus(ledgers(LEDGERS), sizes.run.context), device)
     if not fit(trainer, out.with_name("kda.pt")):
-        print("stopped")
-        return 130
+        raise KeyboardInterrupt
     training = _training(trainer, time.monotonic() - began)
     report(trainer)
 

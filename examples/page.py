@@ -214,7 +214,7 @@ def _recall(results: Results) -> list[str]:
         f"that decays loses the old and the rarely written alike; the delta rule takes the old "
         f"value out as it puts the new one in. The operators compute in chunks of {CHUNK}: what "
         f"lies further back has gone through the state. The longest distances are those of "
-        f"variables that were written least, which suits a sum; guessing gives "
+        f"variables that were written least, and a sum confuses those least. Guessing gives "
         f"{100 / task.values:.0f}%.</p>",
         "<div class=wide>",
         chart("Right answers against distance", x, y, lines, mark=(CHUNK, "a chunk")),

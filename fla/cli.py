@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import fla.modules  # whose engines are listed too
 import fla.ops
 from fla.ops.common.device import triton_version
 from fla.ops.common.dispatch import Engine, Problem

@@ -16,7 +16,7 @@ import torch
 
 from examples import cost, demo, generate, recall, train
 from examples.chart import LABEL, apart
-from examples.data import EDGE, Corpus, ledger, ledgers, marked, read
+from examples.data import EDGE, Corpus, hold_out, ledger, ledgers, marked, read
 from examples.generate import document, largest_difference
 from examples.model import MIXERS, Config, LanguageModel
 from examples.page import Results, Training, page
@@ -86,6 +86,11 @@ def test_held_out_is_whole_and_was_not_trained_on(corpus):
     assert len(held_out) == 3
     targets = [batch[1][0] for batch in corpus.held_out_batches(100)]
     assert bytes(torch.cat(targets).tolist()) == b"".join(each + b"\0" for each in held_out)
+
+
+def test_of_a_long_document_the_end_is_held_out():
+    assert hold_out([b"one", b"long one"], 3) == ([b"one", b"long "], [b"one"])
+    assert hold_out([b"one", b"two", b"six"], 7) == ([b"one"], [b"two", b"six"])
 
 
 def test_bigram_loss_of_a_known_text():
