@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -90,6 +92,19 @@ def test_without_gradients(spec, variant):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_a_trace_holds_one_call_for_all_lengths(mode):
+    def run(x):
+        return ops.chunk_simple_gla(x, x, x)[0]
+
+    x = torch.randn(1, 37, 2, 8)
+    with mode():
+        traced = torch.jit.trace(run, (x,), check_trace=False)
+        assert torch.equal(traced(x[:, :9]), run(x[:, :9]))
+    assert "fla::linear_forward" in str(traced.graph)
+
+
 @every()
 def test_activation_checkpointing(spec, variant):
     run = functools.partial(checkpoint, spec.outputs, use_reentrant=False)
@@ -118,6 +133,52 @@ def test_the_final_state_alone_has_gradients(spec, variant):
         assert relative_error(found[name], expected[name]) < 1e-11, name
 
 
+class Cut(torch.autograd.Function):
+    """The identity, through which no gradient comes back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        return None
+
+
+@every()
+def test_an_output_that_nothing_asks_about(spec, variant):
+    arguments = spec.arguments(SHAPE, variant)
+    found = named_results(
+        lambda a: [Cut.apply(x) for x in spec.outputs(a)], arguments, spec.gradients
+    )
+    assert not any(value.any() for name, value in found.items() if name.startswith("d"))
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 0, 20, 37])], ids=["", "packed"])
+@pytest.mark.parametrize("name", ["chunk_simple_gla", "chunk_kda"])
+def test_an_output_may_be_written_over(name, cu_seqlens):
+    q = torch.randn(1, 37, 2, 8, requires_grad=True)
+    more = {"g": -q.detach().abs(), "beta": torch.rand(1, 37, 2)} if "kda" in name else {}
+    o, _ = getattr(ops, name)(q, q.detach(), q.detach(), cu_seqlens=cu_seqlens, **more)
+    (expected,) = torch.autograd.grad((o * 2).sum(), q, retain_graph=True)
+    (found,) = torch.autograd.grad(o.mul_(2).sum(), q)
+    assert torch.equal(found, expected)
+
+
+def test_first_calls_in_the_context_of_a_device():
+    """What implementations keep from their import is not on the caller's default device."""
+    code = """
+import torch
+from fla import ops
+x, beta = torch.randn(1, 20, 2, 8), torch.rand(1, 20, 2)
+with torch.no_grad(), torch.device("meta"):
+    ops.chunk_simple_gla(x, x, x, -beta)
+    ops.parallel_attn(x, x, x, -beta)
+    ops.chunk_kda(x, x, x, -x.abs(), beta, use_qk_l2norm_in_kernel=True)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @every()
 def test_a_second_derivative_is_an_error(spec, variant):
     arguments = spec.arguments(SHAPE, variant)
@@ -126,3 +187,15 @@ def test_a_second_derivative_is_an_error(spec, variant):
     (dx,) = torch.autograd.grad(o.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         dx.sum().backward()
+
+
+@every()
+def test_a_forward_mode_derivative_is_an_error(spec, variant):
+    arguments = spec.arguments(SHAPE, variant)
+    x = arguments[spec.gradients[0]]
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match="forward-mode derivative"),
+    ):
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        spec.outputs({**arguments, spec.gradients[0]: dual})

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("fla", "FRAGMENT")
 
@@ -35,7 +36,15 @@ class Operator:
         self._dispatched = getattr(torch.ops.fla, name).default
 
     def __call__(self, *args):
-        return self._dispatched(*args) if _watched(args[0]) else self._run(*args)
+        if not _watched(args[0]):
+            return self._run(*args)
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            raise RuntimeError(f"{self.name} has no forward-mode derivative")
+        return self._dispatched(*args)
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _watched(x: torch.Tensor) -> bool:
@@ -46,9 +55,11 @@ def _watched(x: torch.Tensor) -> bool:
     """
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch.is_grad_enabled()
         or type(x) not in (torch.Tensor, torch.nn.Parameter)
         or x.is_meta
+        or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )

@@ -37,9 +37,9 @@ class Sequences:
 
     def fitting_chunk(self, largest: int) -> int:
         """The chunk for which the padding of short sequences costs little, up to ``largest``."""
-        mean = self.T if self.cu_seqlens is None else -(-self.T // max(self.N, 1))
         if self.cu_seqlens is None:
-            return max(min(mean, largest), 1)
+            return max(min(self.T, largest), 1)
+        mean = -(-self.T // max(self.N, 1))
         return next((size for size in (16, 32, 64) if mean <= size < largest), largest)
 
     def chunks(self, chunk: int, reverse: bool = False) -> Chunks:
@@ -100,8 +100,11 @@ class Chunks:
         return like.new_empty(self.lanes, self.sequences.T, *shape, dtype=dtype)
 
     def tokens(self, buffer: Tensor) -> Tensor:
-        """The real tokens of a filled ``buffer``."""
-        return buffer[:, : self.sequences.T]
+        """The real tokens of a filled ``buffer``, which keeps no others.
+
+        Not a view of them: an operator's output may be written over, a view under autograd not.
+        """
+        return buffer.resize_(1, self.sequences.T, *buffer.shape[2:]) if self.packed else buffer
 
     def take(self, x: Tensor, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """Tokens of slots [start, stop) of ``x`` [B, T, H, ...] as [slots, lanes, H, C, ...].

@@ -30,8 +30,10 @@ from fla.ops.common.device import accumulator
 from fla.ops.common.sequences import Carry, Chunks, Sequences
 from fla.ops.kda.gate import Gate, like
 
-# The root of ε in the l2norm.
-_SQRT_EPS = {dtype: torch.tensor(1e-3, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+# The root of ε in the l2norm; on the host, whichever device a caller has made the default.
+_SQRT_EPS = {
+    dtype: torch.tensor(1e-3, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)
+}
 _LARGEST_CHUNK = 64
 # Elements of one operand in a run of chunks: small enough for a core's cache, large enough that
 # PyTorch's overhead a call does not show.

@@ -210,6 +210,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, dy):
+    if dy is None:  # what comes behind the gate does not depend on it
+        return (None,) * 5
     g, A_log, dt_bias = ctx.saved_tensors
     dg, dA_log, ddt_bias = _backward(g, dy, A_log, dt_bias, ctx.lower_bound)
     dA_log = None if A_log is None else dA_log

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
 from fla.ops.common import contract
@@ -137,7 +136,7 @@ def _run_backward(
     options = Options(*options)
     stages = ENGINE.choose(_problem(q, v, options))
     if do is None:
-        do = torch.zeros_like(o)
+        do = v.new_zeros(v.shape)
     return stages.backward(
         do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, options
     )
@@ -184,7 +183,7 @@ _forward = Operator(
 _backward = Operator(
     "linear_backward(Tensor q, Tensor? do, Tensor? dstate, Tensor? dz, Tensor k, Tensor v, "
     "Tensor? g, Tensor? g_gamma, Tensor? initial_state, Tensor? initial_z, Tensor? cu_seqlens, "
-    f"Tensor o, Tensor norm, {_OPTIONS}) "
+    f"Tensor? o, Tensor norm, {_OPTIONS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dstate, Tensor dz)",
     _run_backward,
     _fake_backward,
@@ -199,6 +198,8 @@ _attention_map = Operator(
 def _save(ctx, inputs, output) -> None:
     q, k, v, g, g_gamma, state, z, cu_seqlens, _, *ctx.options = inputs
     o, _, _, norm = output
+    if not Options(*ctx.options).normalize:
+        o = None  # only the normaliser asks for it, and callers may want to write over it
     ctx.save_for_backward(q, k, v, g, g_gamma, state, z, cu_seqlens, o, norm)
     ctx.mark_non_differentiable(norm)
 
