@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -196,36 +194,13 @@ def _one_chunk(S, q, k, v, g, beta) -> tuple[Tensor, Tensor]:
     return o, last.exp().mT * S + (k * (last - sums).exp()).mT @ values
 
 
-@contextlib.contextmanager
-def _compilations() -> Iterator[list[int]]:
-    """Inside, every kernel that Triton does not know yet adds to a list."""
-    from triton import knobs
-
-    found: list[int] = []
-    with mock.patch.object(knobs.runtime, "jit_cache_hook", lambda **_: found.append(1)):
-        yield found
-
-
 def compiled_again(row: Row) -> int:
     """Kernels that 100 other lengths and packings compile; a copy to the host is an error."""
     lengths = [2048 + 37 * i for i in range(50)]
     rows = [dataclasses.replace(row, B=1, T=T, H=2) for T in lengths]
     rows += [dataclasses.replace(each, lengths=(37, each.T - 37)) for each in rows]
     calls = [(fla(each), each.inputs()) for each in rows]
-
-    def run(call: Call, inputs: Found) -> None:
-        suite.results(call, {x: y for x, y in inputs.items() if x != "do"}, inputs["do"])
-
-    for i in (0, 49, 50, 99):
-        run(*calls[i])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with _compilations() as found:
-            for call, inputs in calls:
-                run(call, inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return len(found)
+    return suite.compiled_again(calls, (0, 49, 50, 99))
 
 
 def host() -> Found:

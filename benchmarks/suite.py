@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -131,6 +132,26 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
     result = run()
     torch.cuda.synchronize()
     return time.perf_counter() - start, result
+
+
+def compiled_again(calls: Sequence[tuple[Call, Found]], first: Sequence[int]) -> int:
+    """Kernels that ``calls`` compile after ``first`` of them; a copy to the host is an error."""
+    from triton import knobs
+
+    def run(call: Call, inputs: Found) -> None:
+        results(call, {x: y for x, y in inputs.items() if x != "do"}, inputs["do"])
+
+    for i in first:
+        run(*calls[i])
+    found: list[int] = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with mock.patch.object(knobs.runtime, "jit_cache_hook", lambda **_: found.append(1)):
+            for call, inputs in calls:
+                run(call, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return len(found)
 
 
 def reached(row: Row, found: Found) -> bool:

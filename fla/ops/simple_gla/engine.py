@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
-from fla.ops.common.device import accumulator
+from fla.ops.common.device import accumulator, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
 
 CHUNK_SIZES = (16, 32, 64, 128)
@@ -32,7 +32,15 @@ class Options:
     output_final_state: bool = False
 
 
-ENGINE = Engine("linear", Implementation("eager", "fla.ops.simple_gla.eager"))
+ENGINE = Engine(
+    "linear",
+    Implementation(
+        "triton",
+        "fla.ops.simple_gla.triton",
+        lambda problem: lacks_triton(problem.device, problem.dtype),
+    ),
+    Implementation("eager", "fla.ops.simple_gla.eager"),
+)
 
 
 def linear_engine(

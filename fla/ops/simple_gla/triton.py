@@ -1,0 +1,106 @@
+"""The linear engine in Triton, for every GPU from sm_80."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fla.ops.common.boundary import absent
+from fla.ops.common.sequences import Sequences
+from fla.ops.simple_gla import attention_map as maps
+from fla.ops.simple_gla import eager
+from fla.ops.simple_gla.blocks import Call, sums_of
+from fla.ops.simple_gla.gate import gate_gradient
+from fla.ops.simple_gla.normalizer import normalizer_gradient
+from fla.ops.simple_gla.segments import summarise
+from fla.ops.simple_gla.walk import LINES, walk
+
+
+def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options):
+    """Return o [B, T, H, V], the final state and z, and the normaliser [B, T, H]."""
+    if not q.numel() or not v.numel():  # nothing to launch
+        return eager.forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options)
+    q, k, v, g_gamma, initial_state, initial_z, cu_seqlens = _dense(
+        q, k, v, g_gamma, initial_state, initial_z, cu_seqlens
+    )
+    call = Call(q, v, cu_seqlens, options)
+    decays = *sums_of(call.sequences, g, q.dtype, options.reverse), g_gamma
+    starts = initial_state, initial_z
+    final = final_z = None
+    if options.output_final_state:
+        sizes = (call.V, call.K) if options.state_v_first else (call.K, call.V)
+        final = q.new_empty(call.N, call.H, *sizes, dtype=torch.float32)
+        if options.normalize:
+            final_z = q.new_empty(call.N, 1, call.H, call.K, dtype=torch.float32)
+    segment = call.segment(call.choose(LINES, call.K), call.K, call.V)
+    carry = None
+    if segment:
+        operands = k, v, k, v, None, None
+        carry = summarise(
+            call, segment, operands, decays, (*starts, None, None), cu_seqlens, 1.0, options
+        )
+    o, norm, _ = walk(
+        call, q, k, v, v.dtype, starts=starts, carry=carry, ends=(final, final_z), decays=decays,
+        cu_seqlens=cu_seqlens, scale=options.scale, segment=segment, v_first=options.state_v_first,
+        new_norm=options.normalize,
+    )  # fmt: skip
+    return tuple(absent(q) if x is None else x for x in (o, final, final_z, norm))
+
+
+def backward(
+    do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, options
+):
+    """Return the gradients of q, k, v, g, the initial state and the initial z."""
+    if not q.numel() or not v.numel():
+        return eager.backward(
+            do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm,
+            options,
+        )  # fmt: skip
+    do, dstate, dz, q, k, v, g_gamma, initial_state, initial_z, cu_seqlens = _dense(
+        do, dstate, dz, q, k, v, g_gamma, initial_state, initial_z, cu_seqlens
+    )
+    call = Call(q, v, cu_seqlens, options)
+    decays = *sums_of(call.sequences, g, q.dtype, options.reverse), g_gamma
+    norm, dnorm = (norm, normalizer_gradient(do, o)) if options.normalize else (None, None)
+    starts, dstarts = (initial_state, initial_z), (dstate, dz)
+    ends = tuple(None if x is None else torch.empty_like(x) for x in starts)
+    scale = options.scale or 1e-30  # gradients of states are divided by it on their way
+    segment = call.segment(call.choose(LINES, call.V), call.V, call.K)
+    carry = dcarry = None
+    if segment:
+        operands = k, v, q, do, norm, dnorm
+        carry, dcarry = summarise(
+            call, segment, operands, decays, (*starts, *dstarts), cu_seqlens, scale, options, 2
+        )
+    run = functools.partial(
+        walk, call, out_dtype=q.dtype, decays=decays, cu_seqlens=cu_seqlens, scale=scale,
+        segment=segment, v_first=options.state_v_first, norm=norm,
+    )  # fmt: skip
+    final = None if g is None or dstate is None else torch.empty_like(dstate, dtype=torch.float32)
+    dq, _, q_rows = run(
+        x=do, y=v, z=k, starts=starts, carry=carry, ends=(final, None), dnorm=dnorm, turned=True,
+        beside=None if g is None else q,
+    )  # fmt: skip
+    dk, _, k_rows = run(
+        x=v, y=do, z=q, starts=dstarts, carry=dcarry, ends=ends, dnorm=dnorm, turned=True,
+        gradient=True, beside=None if g is None else k,
+    )  # fmt: skip
+    dv, _, _ = run(
+        x=k, y=q, z=do, starts=(dstate, None), carry=dcarry, ends=(None, None), gradient=True
+    )
+    dg = None
+    if g is not None:
+        dg = gate_gradient(call, g, q_rows, k_rows, final, dstate, cu_seqlens)
+    return tuple(absent(q) if x is None else x for x in (dq, dk, dv, dg, *ends))
+
+
+def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float) -> Tensor:
+    """A_ij = scale q_i·k_j exp(G_i − G_j) for j ≤ i, [B, H, T, T]."""
+    sums, rests = sums_of(Sequences.of(q, None), g, q.dtype, False)
+    return maps.attention_map(q.contiguous(), k.contiguous(), sums, rests, scale)
+
+
+def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.contiguous() for x in tensors)

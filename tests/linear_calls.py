@@ -1,0 +1,101 @@
+"""Calls that between them use every launch of the linear engine, with and without each option.
+
+As a program it makes part i of n of them, for compute-sanitizer: ``linear_calls.py i n``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+from fla.ops.simple_gla import blocks, segments, walk
+from fla.testing import OpSpec, Shape, all_specs
+from fla.testing.compare import named_results
+
+TABLES = (walk.LINES, segments.LINES)
+# dtype, K, V and KiB of shared memory that a program may have: between them they meet every line
+CASES = (
+    (torch.bfloat16, 64, 64, 227),
+    (torch.bfloat16, 128, 128, 227),
+    (torch.bfloat16, 256, 512, 227),
+    (torch.bfloat16, 128, 128, 99),
+    (torch.float16, 64, 64, 227),
+    (torch.float16, 128, 128, 227),
+    (torch.float32, 64, 64, 227),
+    (torch.float32, 128, 128, 227),
+)
+_ODD = (
+    (torch.bfloat16, 20, 33, 227),
+    (torch.float32, 96, 130, 227),
+    (torch.bfloat16, 200, 300, 227),
+)
+_DENSE, _LONG, _PACKED = (130,), (1000,), (0, 130, 0, 257, 1, 0, 700)
+# Operator and variant, lengths
+_CALLS = (
+    ("chunk_simple_gla", "gate, state", _LONG),
+    ("chunk_simple_gla", "gate", _PACKED),
+    ("fused_recurrent_simple_gla", "reverse, head gate, v first", _PACKED),
+    ("chunk_simple_gla", "plain", _DENSE),
+    ("chunk_linear_attn", "normalised, state", _PACKED),
+    ("fused_recurrent_linear_attn", "reverse", _LONG),
+)
+
+
+class Launch(NamedTuple):
+    """A call on a GPU with ``limit`` KiB of shared memory, that falls into segments or does not."""
+
+    name: str
+    variant: str
+    lengths: tuple[int, ...]
+    dtype: torch.dtype
+    K: int
+    V: int
+    limit: int
+    segments: bool
+
+    @property
+    def spec(self) -> OpSpec:
+        return next(spec for spec in all_specs() if spec.name == self.name)
+
+    @property
+    def shape(self) -> Shape:
+        if len(self.lengths) > 1:
+            return Shape.packed(*self.lengths, K=self.K, V=self.V)
+        return Shape(T=self.lengths[0], K=self.K, V=self.V)
+
+    @contextlib.contextmanager
+    def on_its_gpu(self) -> Iterator[None]:
+        """Inside, kernels are launched as there."""
+        with (
+            mock.patch.object(blocks, "_shared_memory", lambda device: self.limit),
+            mock.patch.object(
+                blocks, "multiprocessors", lambda device: 132 if self.segments else 1
+            ),
+        ):
+            yield
+
+
+def launches() -> Iterator[Launch]:
+    """Every line of the main dtype with every call, the others with every second one."""
+    for i, case in enumerate((*CASES, *_ODD)):
+        for j, call in enumerate(_CALLS):
+            if i < 3 or (i + j) % 2:
+                yield Launch(*call, *case, segments=(i + j // 2) % 2 == 0)
+
+
+def main(part: int, parts: int) -> None:
+    for each in itertools.islice(launches(), part, None, parts):
+        arguments = each.spec.arguments(each.shape, each.variant, each.dtype, "cuda")
+        with each.on_its_gpu():
+            named_results(each.spec.outputs, arguments, each.spec.gradients)
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,153 @@
+"""The linear engine's kernels without a GPU: interpreted, and compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from compiling import compiling
+from linear_calls import CASES
+
+from fla.ops.simple_gla import attention_map, blocks, segments, walk
+from fla.ops.simple_gla import triton as kernels
+from fla.ops.simple_gla.engine import Options
+
+INTERPRETED = """
+import json, torch
+from unittest import mock
+from fla.ops.common import kernels
+from fla.ops.simple_gla import blocks, engine
+from fla.testing import Shape, all_specs
+from fla.testing.compare import measure
+
+shapes = [
+    (Shape(T=65), torch.float32),
+    (Shape.packed(0, 5, 0, 0, 64, 70, 1, 0, K=20, V=33), torch.float32),
+    (Shape(T=130, B=1, K=72, V=16), torch.float16),
+    (Shape.packed(0, 200, 0, 3, 130, 0), torch.float32),
+]
+torch.set_num_threads(1)
+for many in (1, 64):  # many idle multiprocessors: sequences fall into segments
+    with (
+        mock.patch.object(engine, "lacks_triton", lambda device, dtype: None),
+        mock.patch.object(blocks, "multiprocessors", lambda device: many),
+    ):
+        for spec in all_specs():
+            if spec.run.__module__.split(".")[2] not in ("simple_gla", "linear_attn"):
+                continue
+            if spec.run.__name__.startswith("fused_chunk"):
+                continue
+            for i, variant in enumerate(spec.variants):
+                shape, dtype = shapes[(i + (many > 1)) % 4]
+                if many > 1 and shape.T < 128 or shape.lengths and not spec.packed:
+                    continue
+                found = measure(spec, shape, variant, dtype)
+                print(json.dumps([spec.name, variant, str(shape), many, found]))
+"""
+
+
+def test_interpreted():
+    """Every variant against the textbook, in a process where Triton interprets its kernels."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    calls = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(calls) > 20
+    assert {many for *_, many, _ in calls} == {1, 64}
+    for *where, found in calls:
+        assert found and all(error <= bound for error, bound in found.values()), (where, found)
+
+
+def call(case, gate=None, packed=False, normalize=False, states=False, T=130, H=2):
+    """Forward and backward, on tensors of zeros that are there to be launched with."""
+    dtype, K, V, shared = case
+    q, k, v = (torch.zeros(1, T, H, size, dtype=dtype) for size in (K, K, V))
+    g = torch.zeros(1, T, H) if gate == "token" else None
+    g_gamma = torch.zeros(H) if gate == "head" else None
+    cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
+    options = Options(1.0, normalize=normalize, output_final_state=states)
+    kv = torch.zeros(1, H, K, V) if states else None
+    z = torch.zeros(1, 1, H, K) if states and normalize else None
+    with mock.patch.object(blocks, "_shared_memory", lambda device: shared):
+        o, _, _, norm = kernels.forward(q, k, v, g, g_gamma, kv, z, cu_seqlens, options)
+        kernels.backward(
+            v, kv, z, q, k, v, g, g_gamma, kv, z, cu_seqlens, o, norm, options
+        )  # fmt: skip
+
+
+# The conditions under which kernels differ
+CONDITIONS = (
+    {"gate": "token"},
+    {"gate": "token", "packed": True},
+    {"gate": "head", "packed": True},
+    {"gate": None},
+    {"gate": None, "normalize": True},
+    {"gate": "token", "states": True},
+    {"gate": None, "normalize": True, "states": True},
+)
+COMPILED = [
+    *((case, CONDITIONS[0]) for case in CASES),
+    *((CASES[1], conditions) for conditions in CONDITIONS[1:]),
+]
+
+
+@pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(other, marks=pytest.mark.wide) for other in (80, 100))]
+)
+@pytest.mark.parametrize("case,conditions", COMPILED, ids=str)
+def test_every_line_compiles(case, conditions, capability):
+    """Within the shared memory that the line states."""
+    with (
+        mock.patch.object(blocks, "multiprocessors", lambda device: 132),
+        compiling(capability) as done,
+    ):
+        call(case, **conditions, T=1024)
+    wide = case[0] != torch.bfloat16
+    for kernel in done:
+        name, sizes = kernel.metadata.name, case[1:3]
+        if name in ("walk_kernel", "summary_kernel"):
+            table = walk.LINES if name == "walk_kernel" else segments.LINES
+            lines = (chosen(table, wide, X, case[3]) for X in sizes)
+            most = max(line.shared for line in lines) if capability <= 90 else 227
+            assert kernel.metadata.shared <= most << 10
+
+
+def chosen(table, wide, X, shared):
+    """The line for an X of operands that are wide, or not."""
+    size = 4 if wide else 2
+    fits = (line for line in table if size <= line.bytes and X <= line.X)
+    return next(line for line in fits if line.shared <= shared)
+
+
+def test_every_line_has_a_use():
+    for table in (walk.LINES, segments.LINES):
+        used = {
+            chosen(table, dtype != torch.bfloat16, X, shared)
+            for dtype, K, V, shared in CASES
+            for X in (K, V)
+        }
+        assert used == set(table) and len(table) <= 12
+
+
+def test_the_map_compiles():
+    with compiling(90) as done:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            x = torch.zeros(1, 65, 2, 40, dtype=dtype)
+            kernels.attention_map(x, x, torch.zeros(1, 65, 2), 1.0)
+    name = attention_map.attention_map_kernel.fn.__name__
+    assert len([kernel for kernel in done if kernel.metadata.name == name]) == 3
+
+
+def test_other_lengths_compile_nothing_new():
+    with compiling(90) as done:
+        for T in (64, 65, 500, 8192):
+            call(CASES[0], gate="token", T=T)
+    names = sorted(kernel.metadata.name for kernel in done)
+    assert names == ["decay_kernel", "gate_kernel", *["walk_kernel"] * 4]
