@@ -8,7 +8,6 @@ a process of its own, on a GPU all run in this one.  ``python -m benchmarks`` me
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import sys
 import time
@@ -17,8 +16,8 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.cpu import Case, measure, prepare
+from examples import command
 from examples.progress import Progress
-from examples.train import default_device
 from fla.testing.report import aligned
 
 SOFTMAX = "scaled_dot_product_attention"
@@ -77,14 +76,7 @@ def measure_on_gpu(case: Case, device: str) -> Measured:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.cost",
-        description=first,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", default=default_device(), help="default here %(default)s")
+    parser = command.parser("cost", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", help="default 512 … 8192, 32768 on a GPU")
     options = parser.parse_args(argv)
     lengths = options.lengths or LENGTHS[torch.device(options.device).type]

@@ -8,7 +8,6 @@ The model is kept beside the page; ``python -m examples.generate demo/kda.pt`` w
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import platform
 import sys
@@ -20,13 +19,14 @@ from pathlib import Path
 import torch
 
 import fla
+from examples import command
 from examples.cost import LENGTHS, costs
 from examples.data import Corpus, ledgers
 from examples.generate import document, largest_difference, seconds_per_token
 from examples.model import MIXERS, Config
 from examples.page import Results, Training, page, start_and_end
 from examples.recall import Task, recall
-from examples.train import LEDGERS, Run, Trainer, default_device, fit, report
+from examples.train import LEDGERS, Run, Trainer, fit, report
 
 GIVEN, WRITTEN = 40, 400  # items of a ledger that it goes on from, and the bytes it then writes
 
@@ -42,18 +42,14 @@ class Sizes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.demo",
-        description=first,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", default=default_device(), help="default here %(default)s")
+    parser = command.parser("demo", __doc__)
     parser.add_argument("--out", type=Path, default=Path("demo/page.html"), help="the page")
     options = parser.parse_args(argv)
     try:
         return demo(options.out, options.device, Sizes())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped")
         return 130
@@ -61,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def demo(out: Path, device: str, sizes: Sizes) -> int:
     began = time.monotonic()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        raise ValueError(f"out: expected a file, {out} is a folder")
     print("Training a language model of Kimi Delta Attention on ledgers, the built-in language")
     trainer = Trainer(Config("kda"), sizes.run, Corpus(ledgers(LEDGERS), sizes.run.context), device)
     if not fit(trainer, out.with_name("kda.pt")):
@@ -100,7 +97,7 @@ def demo(out: Path, device: str, sizes: Sizes) -> int:
         costs=costs(device, lengths),
         seconds=time.monotonic() - began,
     )
-    out.write_text(page(results))
+    out.write_text(page(results), encoding="utf-8")
     print(f"wrote {out}")
     return 0
 

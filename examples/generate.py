@@ -8,7 +8,7 @@ same, however many came before (softmax attention looks back at all of them).
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from examples import command
 from examples.data import EDGE
 from examples.model import Config, LanguageModel
-from examples.train import default_device, read_checkpoint
+from examples.train import read_checkpoint
 from fla.layers import Cache
 
 
@@ -49,7 +50,7 @@ def document(
     """The prompt and what follows, up to the end of the document or ``length`` bytes."""
     written = bytearray(prompt)
     stream = generate(model, prompt, torch.Generator().manual_seed(seed), temperature)
-    for token, _ in zip(stream, range(length), strict=False):
+    for _, token in zip(range(length), stream, strict=False):
         if token == EDGE:
             break
         written.append(token)
@@ -94,26 +95,19 @@ def load(path: Path, device: str) -> LanguageModel:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.generate",
-        description=first,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("generate", __doc__)
     parser.add_argument("checkpoint", type=Path, help="what examples.train wrote")
     parser.add_argument("--prompt", default="", help="what the document begins with")
     parser.add_argument("--length", type=int, default=1000, help="most bytes, default 1000")
     parser.add_argument("--temperature", type=float, default=0.7, help="default 0.7")
     parser.add_argument("--seed", type=int, default=0, help="another number, another document")
-    parser.add_argument("--device", default=default_device(), help="default here %(default)s")
     options = parser.parse_args(argv)
     try:
         model = load(options.checkpoint, options.device)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    prompt = options.prompt.encode()
+    prompt = os.fsencode(options.prompt)
     print(document(model, prompt, options.length, options.seed, options.temperature))
     return 0
 

@@ -42,6 +42,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.mixer not in MIXERS:
             raise ValueError(f"mixer: expected one of {', '.join(MIXERS)}, got {self.mixer}")
+        for name in ("width", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.width % self.heads:
             raise ValueError(f"width: expected a multiple of {self.heads} heads, got {self.width}")
 

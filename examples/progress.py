@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 
@@ -32,14 +33,18 @@ class Progress:
         line = f"{done}/{self._total}  {text}  {clock(left)} left"
         if self._terminal:
             bar = "█" * (BAR * done // self._total)
-            line = f"{self._label} {bar:░<{BAR}} {line}"
-            print(f"\r{line:<100.100}", end="", file=sys.stderr, flush=True)
+            self._draw(f"{self._label} {bar:░<{BAR}} {line}")
         else:
             print(f"{self._label} {line}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._terminal:
-            print(f"\r{'':<100}\r", end="", file=sys.stderr, flush=True)
+            self._draw("")
+
+    def _draw(self, line: str) -> None:
+        """In place of what the terminal's line held; one that wraps could not be drawn over."""
+        room = shutil.get_terminal_size().columns - 1
+        print(f"\r{line[:room]}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

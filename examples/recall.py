@@ -14,7 +14,6 @@ neighbours; the models are one block each, without short convolutions, and train
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -23,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples import command
 from examples.model import MIXERS, Blocks, Config
 from examples.progress import Progress
-from examples.train import default_device, schedule
+from examples.train import schedule
 from fla.testing.report import aligned
 
 CHUNK = 64
@@ -118,19 +118,14 @@ def bins(task: Task) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.recall",
-        description=first,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("recall", __doc__)
     task = Task()
     parser.add_argument("--mixer", nargs="+", choices=MIXERS, default=list(MIXERS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=task.steps, help=f"default {task.steps}")
     parser.add_argument("--length", type=int, default=task.length, help=f"default {task.length}")
-    parser.add_argument("--device", default=default_device(), help="default here %(default)s")
     options = parser.parse_args(argv)
+    if options.length <= DISTANCES[-1]:
+        parser.error(f"--length: expected more than {DISTANCES[-1]}, got {options.length}")
     task = dataclasses.replace(task, steps=options.steps, length=options.length)
     rows = [["right answers, %, at distance", *bins(task)]]
     for mixer in options.mixer:

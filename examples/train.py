@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from examples import command
 from examples.data import Batch, Corpus, ledgers, read
 from examples.model import MIXERS, Config, LanguageModel
 from examples.progress import Progress
@@ -51,6 +52,8 @@ class Run:
         for name in ("steps", "tokens", "context", "evaluations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate: expected more than 0, got {self.learning_rate}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}")
 
@@ -105,21 +108,23 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; a file that is there stays whole until the new one is."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint = {
+            "settings": self.settings(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+            "losses": self.losses,
+            "held_out": self.held_out,
+        }
         unfinished = path.with_name(path.name + ".unfinished")
-        torch.save(
-            {
-                "settings": self.settings(),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "generator": self.generator.get_state(),
-                "step": self.step,
-                "losses": self.losses,
-                "held_out": self.held_out,
-            },
-            unfinished,
-        )
-        os.replace(unfinished, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+            os.replace(unfinished, path)
+        except OSError as error:
+            raise ValueError(f"checkpoint: {path} cannot be written: {error}") from None
 
     def load(self, path: Path) -> None:
         """Go on where the run of a checkpoint stopped."""
@@ -172,6 +177,10 @@ def agree(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def fit(trainer: Trainer, checkpoint: Path | None = None, every: int = 100) -> bool:
     """Train to the end, with a bar and checkpoints; False if Ctrl-C came first."""
+    if every < 1:
+        raise ValueError(f"every: expected at least 1, got {every}")
+    if checkpoint:
+        trainer.save(checkpoint)  # if it cannot be, that is better known now
     steps, apart = trainer.run.steps, max(trainer.run.steps // trainer.run.evaluations, 1)
     with Progress(trainer.config.mixer, steps, trainer.step) as bar, interruption() as interrupted:
         while trainer.step < steps and not interrupted:
@@ -201,10 +210,6 @@ def interruption() -> Iterator[list[int]]:
         yield came
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -256,15 +261,9 @@ def _fields(kind: Any, given: dict[str, Any]) -> list[dataclasses.Field]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.train",
-        description=first,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command.parser("train", __doc__)
     config, run = Config(), Run()
-    add = parser.add_argument
+    add = made.add_argument
     add("--mixer", choices=MIXERS, default=config.mixer, help=f"default {config.mixer}")
     add("--text", type=Path, help="a text file, documents two blank lines apart; built-in if none")
     add("--width", type=int, default=config.width, help=f"of the model, default {config.width}")
@@ -273,14 +272,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=run.steps, help=f"of the optimizer, default {run.steps}")
     add("--tokens", type=int, default=run.tokens, help=f"bytes a step, default {run.tokens}")
     add("--context", type=int, default=run.context, help=f"longest piece, default {run.context}")
-    add("--learning-rate", type=float, default=run.learning_rate, help="the highest")
+    add(
+        "--learning-rate",
+        type=float,
+        default=run.learning_rate,
+        help=f"highest, default {run.learning_rate}",
+    )
     add("--dtype", choices=DTYPES, default=run.dtype, help="of products, default fp32")
     add("--seed", type=int, default=run.seed, help="of parameters and data")
-    add("--device", default=default_device(), help="cpu or cuda, default here %(default)s")
     add("--checkpoint", type=Path, help="where to keep the run, for --resume and generate")
     add("--every", type=int, default=100, help="steps between checkpoints, default 100")
     add("--resume", action="store_true", help="go on from the checkpoint")
-    return parser
+    return made
 
 
 if __name__ == "__main__":

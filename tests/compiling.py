@@ -11,6 +11,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 _POINTERS = {
@@ -43,13 +45,20 @@ def compiling(capability: int) -> Iterator[list[Any]]:
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = _POINTERS[value.dtype]
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, TensorDescriptor):
+                element = _POINTERS[value.base.dtype][1:]
+                tile = f"{element}{value.block_shape},{value.layout!r}"
+                signature[parameter.name] = f"tensordesc<{tile}>"
             else:
+                # another value must not want another kernel
+                assert parameter.do_not_specialize or not isinstance(value, int), parameter.name
                 signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
         options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
         key = kernel.fn, repr((signature, constants, options))
         if key not in known:
             known.add(key)
-            source = ASTSource(kernel, signature, constants, attributes)
+            make = GluonASTSource if kernel.is_gluon() else ASTSource
+            source = make(kernel, signature, constants, attributes)
             target = GPUTarget("cuda", capability, 32)
             compiled.append(triton.compile(source, target=target, options=options))
 

@@ -38,6 +38,8 @@ SOFTMAX = "fla/ops/attn/eager.py"
 DELTA = "fla/ops/kda/eager.py"
 KDA_TESTS = ("test_kda.py", "test_operators.py")
 ATTN_TESTS = ("test_attn.py", "test_operators.py")
+MODULE_TESTS = ("test_modules.py",)
+LAYER_TESTS = ("test_layer_calls.py",)
 
 MUTANTS = [
     Mutant("scale dropped", LINEAR, "b_v, options.scale)", "b_v, 1.0)"),
@@ -194,6 +196,55 @@ MUTANTS = [
         "accepted.long() - 1",
         "accepted.long() * 0 + indices.shape[1] - 1",
         KDA_TESTS,
+    ),
+    Mutant(
+        "convolution's first tap a token late",
+        "fla/modules/conv/eager.py",
+        "y = joined[:, 1 : 1 + T] * taps[0]",
+        "y = joined[:, :T] * taps[0]",
+        MODULE_TESTS,
+    ),
+    Mutant(
+        "residual not added",
+        "fla/modules/norm/eager.py",
+        "h = h + residual",
+        "h = h + 0 * residual",
+        MODULE_TESTS,
+    ),
+    Mutant(
+        "convolution's history lost in decoding",
+        "fla/layers/memory.py",
+        'past = call.state.get("conv_state", (None, None, None))',
+        "past = (None, None, None)",
+        LAYER_TESTS,
+    ),
+    Mutant(
+        "positions start anew in decoding",
+        "fla/layers/attn.py",
+        "q, k, call.past_tokens(), call.cu_seqlens",
+        "q, k, 0, call.cu_seqlens",
+        LAYER_TESTS,
+    ),
+    Mutant(
+        "positions count padding",
+        "fla/layers/mixer.py",
+        "return self.seen if mask is None else",
+        "return self.seen if True else",
+        LAYER_TESTS,
+    ),
+    Mutant(
+        "padding seen as tokens",
+        "fla/layers/tokens.py",
+        "if not mask.all():",
+        "if False:",
+        LAYER_TESTS,
+    ),
+    Mutant(
+        "cache not reordered",
+        "fla/layers/cache.py",
+        "lambda x: x.index_select(0, beam_idx.to(x.device))",
+        "lambda x: x.index_select(0, beam_idx.sort().values.to(x.device))",
+        ("test_cache.py",),
     ),
 ]
 

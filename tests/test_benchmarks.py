@@ -29,10 +29,12 @@ def known(monkeypatch):
 
 
 def test_time_and_memory(known):
-    found = cpu.measure(Case("known", 65), repeat_for=0.1)
-    assert 0.02 <= found["seconds"] < 1.0
-    assert 60 * MEGABYTES < found["bytes"] < 90 * MEGABYTES
-    assert found["calls"] >= 3
+    tries = [cpu.measure(Case("known", 65), repeat_for=0.1) for _ in range(3)]
+    assert all(0.02 <= found["seconds"] < 1.0 for found in tries)
+    assert all(found["calls"] >= 3 for found in tries)
+    # the system may take idle pages from the process in the middle of a call
+    most = max(found["bytes"] for found in tries)
+    assert 60 * MEGABYTES < most < 90 * MEGABYTES
 
 
 def test_a_process_of_its_own():

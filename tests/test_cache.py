@@ -40,10 +40,11 @@ def model(*kinds):
 
     @torch.no_grad()
     def run(x, cache=None, mask=None):
-        for layer in layers:
+        for layer in run.layers:
             x = x + layer(x, mask, cache)[0]
         return x
 
+    run.layers = layers
     return run
 
 
@@ -151,6 +152,21 @@ def test_saved_and_restored(padded):
         assert one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
     whole = mask if mask is None else torch.cat([mask, torch.ones(3, 1).long()], 1)
     assert torch.equal(run(step, again, whole), run(step, cache, whole))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_another_dtype(kind):
+    """What was read in fp32, a model in bf16 goes on from, a token or several."""
+    run, x = model(kind), draw(2, 9, D)
+    expected = run(x)[:, 6:]
+    cache = Cache()
+    run(x[:, :6], cache)
+    for layer in run.layers:
+        layer.bfloat16()
+    parts = [run(x[:, a:b].bfloat16(), cache) for a, b in ((6, 7), (7, 9))]
+    found = torch.cat(parts, 1)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, atol=0.1, rtol=0.1)
 
 
 def test_dtypes_are_kept():

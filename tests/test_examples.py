@@ -215,15 +215,51 @@ def test_commands(tmp_path, capsys):
         (["--text", "nowhere.txt"], "text: expected a file, nowhere.txt is not one"),
         (["--resume"], "resume: expected --checkpoint with it"),
         (["--resume", "--checkpoint", "nowhere.pt"], "expected a file, nowhere.pt is not there"),
-        (["--steps", "0"], "steps: expected at least 1, got 0"),
+        (["--tokens", "0"], "tokens: expected at least 1, got 0"),
         (["--width", "33"], "width: expected a multiple of 2 heads, got 33"),
+        (["--width", "0"], "width: expected at least 1, got 0"),
+        (["--heads", "0"], "heads: expected at least 1, got 0"),
+        (["--layers", "0"], "layers: expected at least 1, got 0"),
+        (["--every", "0"], "every: expected at least 1, got 0"),
+        (["--learning-rate", "nan"], "learning_rate: expected more than 0, got nan"),
+        (["--checkpoint", f"{__file__}/run.pt"], f"{__file__}/run.pt cannot be written"),
     ],
 )
 def test_wrong_arguments_are_one_error(capsys, arguments, message):
-    assert train.main([*arguments, "--device", "cpu"]) == 2
+    assert train.main([*arguments, "--steps", "1", "--device", "cpu"]) == 2
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", [train, generate, recall, cost, demo])
+def test_a_device_that_is_not_here(capsys, program):
+    arguments = ["any.pt"] if program is generate else []
+    with pytest.raises(SystemExit) as stop:
+        program.main([*arguments, "--device", "cuda:99"])
+    assert stop.value.code == 2
+    assert "argument --device: expected a device of this machine" in capsys.readouterr().err
+
+
+def test_recall_needs_the_length_of_its_distances(capsys):
+    with pytest.raises(SystemExit) as stop:
+        recall.main(["--length", "256", "--device", "cpu"])
+    assert stop.value.code == 2
+    assert "--length: expected more than 256, got 256" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written(tmp_path, capsys):
+    assert demo.main(["--out", str(tmp_path), "--device", "cpu"]) == 2
+    assert f"out: expected a file, {tmp_path} is a folder" in capsys.readouterr().err
+
+
+def test_a_prompt_is_bytes(tmp_path, capsys):
+    """Also those that are no text, which Python's arguments carry as surrogates."""
+    path = tmp_path / "run.pt"
+    trainer(Corpus([b"ab" * 500], 32), "linear", context=32).save(path)
+    prompt = os.fsdecode(b"a\xff")
+    assert generate.main([str(path), "--prompt", prompt, "--length", "0", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "a\ufffd\n"
 
 
 def test_what_is_no_checkpoint(tmp_path, capsys):
@@ -298,6 +334,16 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys):
         for step in range(4):
             bar.update(step + 1, "loss 1.0")
     assert capsys.readouterr().err == "kda 4/4  loss 1.0  0:00 left\n"
+
+
+def test_progress_is_one_line_of_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    with Progress("kda", 4) as bar:
+        bar.update(4, "loss 1.0")
+    drawn = capsys.readouterr().err
+    assert "\n" not in drawn
+    assert max(len(line.removesuffix("\x1b[K")) for line in drawn.split("\r")) < 40
 
 
 def results() -> Results:

@@ -166,6 +166,7 @@ def refusals():
     deeper = layer("kda", layer_idx=1)
     later = made(x[:, :3], past_key_values=made(x, use_cache=True)[2])[2]
     bounds = torch.tensor([0, 5])
+    made_of = {"hidden_size": 24, "num_heads": 2}
     return [
         ("hidden_states: expected [B, T, 24], got [2, 5, 20]", lambda: made(x[..., :20])),
         ("hidden_states: expected [B, T, 24], got [5, 24]", lambda: made(x[0])),
@@ -186,6 +187,10 @@ def refusals():
         (
             "hidden_states: expected a batch of 1 with cu_seqlens, got 2",
             lambda: made(x, cu_seqlens=bounds),
+        ),
+        (
+            "cu_seqlens: expected to end at T = 5, got 4",
+            lambda: window(x[:1], cu_seqlens=bounds.clamp(max=4), use_cache=True),
         ),
         (
             "layer_idx: expected a number for a KimiDeltaAttention with a cache, got None",
@@ -218,6 +223,26 @@ def refusals():
         (
             "num_v_heads: expected a multiple of num_heads = 2, got 3",
             lambda: KimiDeltaAttention(num_heads=2, num_v_heads=3),
+        ),
+        (
+            "num_v_heads: expected a multiple of num_heads = 2, got 0",
+            lambda: KimiDeltaAttention(num_heads=2, num_v_heads=0),
+        ),
+        (
+            "head_dim * expand_v: expected a whole number of channels, got 10.4",
+            lambda: KimiDeltaAttention(**made_of, head_dim=8, expand_v=1.3),
+        ),
+        (
+            "hidden_size * expand_k: expected a whole number of channels, got 0",
+            lambda: LinearAttention(**made_of, expand_k=0),
+        ),
+        (
+            "kernel_size: expected at least 1, got 0",
+            lambda: KimiDeltaAttention(**made_of, conv_size=0),
+        ),
+        (
+            "window_size: expected None or at least 0, got -1",
+            lambda: Attention(**made_of, window_size=-1),
         ),
         (
             "mode: expected one of chunk, fused_recurrent, got parallel",

@@ -408,6 +408,7 @@ def refusals():
         ),
         "mask: expected [B, T] = [2, 5], got [2, 4]": lambda: conv(x, mask=torch.ones(2, 4)),
         "residual: expected [B, T, D] = [2, 5, 8], got [2, 4, 8]": lambda: conv(x, x[:, :4]),
+        "kernel_size: expected at least 1, got 0": lambda: ShortConvolution(8, 0),
         "activation: expected one of silu, swish, None, got relu": lambda: ShortConvolution(
             8, 4, activation="relu"
         ),
@@ -440,6 +441,8 @@ def test_refusals(message):
 def test_refusals_of_types():
     with pytest.raises(TypeError, match="x: expected a tensor, got float"):
         l2norm(1.0)
+    with pytest.raises(TypeError, match="g: expected a tensor, got NoneType"):
+        FusedRMSNormGated(8)(torch.zeros(3, 8), None)
     with pytest.raises(TypeError, match=r"x: expected a floating point tensor, got torch\.int64"):
         l2norm(torch.zeros(3, 4).long())
     with pytest.raises(TypeError, match=r"head_first: .* no such argument"):

@@ -1,4 +1,5 @@
-"""A real client: Hugging Face's Kimi-Linear finds the package by itself and runs on it."""
+"""Real clients: Hugging Face's Kimi-Linear finds the package by itself and runs on it, and its
+``generate`` drives a model of the layers."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ import inspect
 import pytest
 import torch
 
+from fla.layers import Attention, Cache, KimiDeltaAttention
 from fla.ops.kda import chunk, fused_recurrent
 from fla.testing.compare import relative_error
 
+transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
 OWN = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
 LAYERS = 3
@@ -136,3 +139,66 @@ def test_bf16(model, tokens, calls, fallback):
     for name in expected:
         error, usual = (relative_error(x[name], expected[name]) for x in (found, other))
         assert error < 1.5 * usual + 1e-4, name
+
+
+class Hybrid(transformers.PreTrainedModel, transformers.GenerationMixin):
+    """A layer with a recurrent memory and one with keys and values."""
+
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = torch.nn.ModuleList(
+            [
+                KimiDeltaAttention(config.hidden_size, num_heads=2, head_dim=8, layer_idx=0),
+                Attention(config.hidden_size, num_heads=2, layer_idx=1),
+            ]
+        )
+        self.post_init()
+
+    def forward(
+        self, input_ids, attention_mask=None, past_key_values=None, use_cache=False, **unused
+    ):
+        if use_cache and past_key_values is None:
+            past_key_values = Cache()
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = x + layer(x, attention_mask, past_key_values, use_cache)[0]
+        return transformers.modeling_outputs.CausalLMOutputWithPast(
+            logits=x @ self.embedding.weight.T, past_key_values=past_key_values
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, **unused
+    ):
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return {
+            "input_ids": input_ids[:, seen:],
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+        }
+
+    def _supports_default_dynamic_cache(self):
+        return False
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_with_a_cache(beams):
+    """Padded on the left, as one does; the cache makes no difference."""
+    torch.manual_seed(0)
+    config = transformers.PretrainedConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2)
+    model = Hybrid(config).eval()
+    tokens, mask = torch.randint(1, 50, (2, 7)), torch.ones(2, 7).long()
+    mask[0, :3] = 0
+    settings = {
+        "attention_mask": mask, "num_beams": beams, "do_sample": False, "max_new_tokens": 6,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    cache = Cache()
+    expected = model.generate(tokens, use_cache=False, **settings)
+    assert torch.equal(model.generate(tokens, use_cache=True, **settings), expected)
+    found = model.generate(tokens, use_cache=True, past_key_values=cache, **settings)
+    assert torch.equal(found, expected)
+    assert cache.get_seq_length() == 12  # nobody asked for what follows the last

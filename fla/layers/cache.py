@@ -22,6 +22,8 @@ class Cache:
     where tokens are if some are padding.  What is not there is missing.
     """
 
+    is_compileable = False  # asked by Hugging Face's generate: shapes may grow
+
     def __init__(self) -> None:
         self._states: dict[int, State] = {}
         self._seen: dict[int, int] = {}
@@ -62,8 +64,8 @@ class Cache:
         """Store a layer's states after ``offset`` more tokens, and return all it has now.
 
         Recurrent and convolution states replace the old ones.  ``attn_state`` and ``attn_mask`` are
-        those of the new tokens and come behind the old; what is returned holds all of them, while
-        of tokens without padding only the last ``window_size`` stay.
+        those of the new tokens and come behind the old, which take their dtypes; what is returned
+        holds all of them, while of tokens without padding only the last ``window_size`` stay.
         """
         state: State = {}
         if recurrent_state is not None:
@@ -150,13 +152,16 @@ class Cache:
 
 
 def _behind(old: State, attn_state: tuple[Tensor, ...], attn_mask: Tensor | None) -> State:
-    """Old tokens and new ones; a mask only if there is padding among either."""
+    """Old tokens and new ones, in the dtypes of the new; a mask only if either has padding."""
     past = old.get("attn_state")
     if past is None:
         new: State = {"attn_state": attn_state}
         return new if attn_mask is None else new | {"attn_mask": attn_mask}
     joined: State = {
-        "attn_state": tuple(torch.cat(pair, 1) for pair in zip(past, attn_state, strict=True))
+        "attn_state": tuple(
+            torch.cat([seen.to(new.dtype), new], 1)
+            for seen, new in zip(past, attn_state, strict=True)
+        )
     }
     masks = old.get("attn_mask"), attn_mask
     if masks == (None, None):

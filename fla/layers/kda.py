@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fla.layers.memory import MemoryMixer
-from fla.layers.mixer import Call, multiple
+from fla.layers.mixer import Call, channels, multiple
 from fla.modules import FusedRMSNormGated
 from fla.ops.common import contract
 from fla.ops.kda import chunk_kda, fused_recurrent_kda
@@ -73,8 +73,8 @@ class KimiDeltaAttention(MemoryMixer):
         super().__init__(
             hidden_size,
             heads=(num_heads, num_heads, num_v_heads),
-            head_dims=(head_dim, int(head_dim * expand_v)),
-            conv_size=conv_size if use_short_conv else 0,
+            head_dims=(head_dim, channels("head_dim * expand_v", head_dim * expand_v)),
+            conv_size=conv_size if use_short_conv else None,
             conv_bias=conv_bias,
             layer_idx=layer_idx,
         )

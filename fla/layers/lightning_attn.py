@@ -74,7 +74,7 @@ class LightningAttention(GroupedMemoryMixer):
             expand_v,
             num_heads,
             num_kv_heads,
-            conv_size if use_short_conv else 0,
+            conv_size if use_short_conv else None,
             conv_bias,
             layer_idx,
         )

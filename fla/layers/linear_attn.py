@@ -100,7 +100,7 @@ class LinearAttention(GroupedMemoryMixer):
         contract.one_of("feature_map", feature_map, tuple(FEATURE_MAPS))
         contract.one_of("output_norm", output_norm, ("rmsnorm", "identity"))
         super().__init__(
-            hidden_size, expand_k, expand_v, num_heads, num_kv_heads, 0, False, layer_idx
+            hidden_size, expand_k, expand_v, num_heads, num_kv_heads, None, False, layer_idx
         )
         self.mode, self.normalize = mode, do_feature_map_norm
         self.norm_q, self.norm_k = norm_q, norm_k

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fla.layers.mixer import Call, Mixer, multiple
+from fla.layers.mixer import Call, Mixer, channels, multiple
 from fla.modules import ShortConvolution
 
 
@@ -19,11 +19,11 @@ class MemoryMixer(Mixer):
         hidden_size: int,
         heads: tuple[int, int, int],
         head_dims: tuple[int, int],
-        conv_size: int,
+        conv_size: int | None,
         conv_bias: bool,
         layer_idx: int | None,
     ):
-        """``heads`` of q, k and v; ``head_dims`` K and V; no convolution with ``conv_size`` 0."""
+        """``heads`` of q, k and v; ``head_dims`` K and V; no convolution without ``conv_size``."""
         super().__init__()
         self.hidden_size, self.layer_idx = hidden_size, layer_idx
         self.head_k_dim, self.head_v_dim = head_dims
@@ -34,7 +34,7 @@ class MemoryMixer(Mixer):
             nn.Linear(hidden_size, dim, bias=False) for dim in dims
         )
         self.conv_size, self._dims = conv_size, dims
-        if conv_size:
+        if conv_size is not None:
             self.q_conv1d, self.k_conv1d, self.v_conv1d = (
                 ShortConvolution(dim, conv_size, bias=conv_bias) for dim in dims
             )
@@ -43,7 +43,7 @@ class MemoryMixer(Mixer):
         shapes: dict[str, Any] = {
             "recurrent_state": ((N, self.state_heads, self.head_k_dim, self.head_v_dim),)
         }
-        if self.conv_size:
+        if self.conv_size is not None:
             shapes["conv_state"] = tuple((N, dim, self.conv_size) for dim in self._dims)
         return shapes
 
@@ -56,7 +56,7 @@ class MemoryMixer(Mixer):
         """
         projected = [each(x) for each in (self.q_proj, self.k_proj, self.v_proj)]
         states = None
-        if self.conv_size:
+        if self.conv_size is not None:
             projected, states = self._convolve(projected, call)
         elif otherwise is not None:
             projected = [otherwise(each) for each in projected]
@@ -90,7 +90,7 @@ class GroupedMemoryMixer(MemoryMixer):
         expand_v: float,
         num_heads: int,
         num_kv_heads: int | None,
-        conv_size: int,
+        conv_size: int | None,
         conv_bias: bool,
         layer_idx: int | None,
     ):
@@ -98,8 +98,10 @@ class GroupedMemoryMixer(MemoryMixer):
         multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
         dims = []
         for name, expand in (("expand_k", expand_k), ("expand_v", expand_v)):
-            multiple(f"hidden_size * {name}", int(hidden_size * expand), "num_heads", num_heads)
-            dims.append(int(hidden_size * expand) // num_heads)
+            name = f"hidden_size * {name}"
+            dim = channels(name, hidden_size * expand)
+            multiple(name, dim, "num_heads", num_heads)
+            dims.append(dim // num_heads)
         super().__init__(
             hidden_size,
             heads=(num_heads, num_kv_heads, num_kv_heads),

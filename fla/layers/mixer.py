@@ -39,9 +39,9 @@ class Call:
         return self.seen if mask is None else self.seen - mask.shape[1] + mask.sum(1)
 
     def keep(self, **states: Any) -> State:
-        """Hand the states after this call to the cache, if there is one; all there is now."""
+        """Hand the states after this call to the cache, if there is one; all that is there now."""
         if self._cache is None:
-            return {name: state for name, state in states.items() if state is not None}
+            return {}
         return self._cache.update(**states, layer_idx=self._layer_idx, offset=self.tokens.columns)
 
 
@@ -121,8 +121,16 @@ class Mixer(nn.Module):
 
 def multiple(name: str, value: int, of: str, divisor: int) -> None:
     """Sizes of heads: ``value`` must be a multiple of ``divisor``."""
-    if divisor <= 0 or value % divisor:
+    if divisor <= 0 or value <= 0 or value % divisor:
         raise ValueError(f"{name}: expected a multiple of {of} = {divisor}, got {value}")
+
+
+def channels(name: str, size: float) -> int:
+    """A size that is stated as a multiple of another, which need not be a whole number."""
+    whole = round(size)
+    if whole < 1 or abs(size - whole) > 1e-6 * whole:
+        raise ValueError(f"{name}: expected a whole number of channels, got {size:g}")
+    return whole
 
 
 def _options(layer: str, kwargs: dict[str, Any]) -> Tensor | None:

@@ -42,6 +42,7 @@ class Tokens:
     def mask(self) -> Tensor | None:
         """Where tokens are if each sequence has a row, [N, columns]; None if everywhere."""
         if self._mask is None and self.cu_seqlens is not None:
+            contract.boundaries(self.cu_seqlens, None, self._T)
             lens = self.cu_seqlens.diff()
             columns = int(lens.max()) if self.N else 0
             self._mask = torch.arange(columns, device=lens.device) < lens[:, None]

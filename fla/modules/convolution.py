@@ -34,6 +34,8 @@ class ShortConvolution(nn.Conv1d):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
+        if kernel_size < 1:
+            raise ValueError(f"kernel_size: expected at least 1, got {kernel_size}")
         contract.one_of("activation", activation, ("silu", "swish", None))
         contract.one_of("backend", backend, ("triton", "cuda"))
         super().__init__(

@@ -44,6 +44,8 @@ class FusedRMSNormGated(RMSNorm):
         residual_in_fp32: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The gated norm of x + residual, and with ``prenorm`` that sum too; g has x's shape."""
+        if not isinstance(g, Tensor):  # the engine would leave the gate out
+            raise TypeError(f"g: expected a tensor, got {type(g).__name__}")
         return self._norm(x, g, self.activation, residual, prenorm, residual_in_fp32)
 
     def extra_repr(self) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
-from fla.ops.common.device import accumulator, lacks_triton
+from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
 
 HEAD_LIMITS = {"K": 256, "V": 512}
@@ -39,11 +39,20 @@ class DecodingOptions(Options):
     gate_scale: float = 1.0
 
 
+def _lacks_hopper(at: Problem) -> str | None:
+    reason = lacks_hopper(at.device, at.dtype)
+    if reason is None and not all(64 < size <= 128 and size % 8 == 0 for size in (at.K, at.V)):
+        reason = f"takes heads of 72 to 128 in steps of 8, not {at.K} and {at.V}"
+    return reason
+
+
 IMPLEMENTATIONS = (
     Implementation("triton", "fla.ops.attn.triton", lambda at: lacks_triton(at.device, at.dtype)),
     Implementation("eager", "fla.ops.attn.eager"),
 )
-ENGINE = Engine("softmax", *IMPLEMENTATIONS)
+# Without a gate, dense and long; the rest it hands on
+_HOPPER = Implementation("hopper", "fla.ops.attn.hopper_forward", _lacks_hopper)
+ENGINE = Engine("softmax", _HOPPER, *IMPLEMENTATIONS)
 DECODING = Engine("decoding", *IMPLEMENTATIONS)
 
 

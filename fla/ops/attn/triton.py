@@ -20,8 +20,8 @@ def forward(q, k, v, g, sink_bias, cu_seqlens, options):
     if _too_wide(v):
         parts = [forward(q, k, x, g, sink_bias, cu_seqlens, options) for x in v.split(_PART, -1)]
         return torch.cat([o for o, _ in parts], -1), parts[0][1]
-    q, scale = _rising(q, options.scale)
-    q, k, v, g, sink_bias, cu_seqlens = _dense(q, k, v, g, sink_bias, cu_seqlens)
+    q, scale = rising(q, options.scale)
+    q, k, v, g, sink_bias, cu_seqlens = dense(q, k, v, g, sink_bias, cu_seqlens)
     call = Call(q, v, cu_seqlens, scale, options.window_size)
     return run_forward(call, q, k, v, *gates(call, g, k, cu_seqlens), sink_bias, cu_seqlens)
 
@@ -36,8 +36,8 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
         # each part of v adds its products to the logits' gradients
         dq, dk, dv, dg, dsink = zip(*parts, strict=True)
         return sum(dq), sum(dk), torch.cat(dv, -1), sum(dg), sum(dsink)
-    signed, scale = _rising(q, options.scale)
-    do, q, k, v, g, sink_bias, cu_seqlens, o = _dense(do, signed, k, v, g, sink_bias, cu_seqlens, o)
+    signed, scale = rising(q, options.scale)
+    do, q, k, v, g, sink_bias, cu_seqlens, o = dense(do, signed, k, v, g, sink_bias, cu_seqlens, o)
     call = Call(q, v, cu_seqlens, scale, options.window_size)
     dq, dk, dv, dg, dsink = run_backward(
         call, do, q, k, v, *gates(call, g, k, cu_seqlens), sink_bias, cu_seqlens, o, lse, g
@@ -51,7 +51,7 @@ def decode(q, k, v, g, sink_bias, cu_seqlens, options):
     if _too_wide(v):
         parts = [decode(q, k, x, g, sink_bias, cu_seqlens, options) for x in v.split(_PART, -1)]
         return torch.cat(parts, -1)
-    q, k, v, g, sink_bias, cu_seqlens = _dense(q, k, v, g, sink_bias, cu_seqlens)
+    q, k, v, g, sink_bias, cu_seqlens = dense(q, k, v, g, sink_bias, cu_seqlens)
     return run_decoding(q, k, v, g, sink_bias, cu_seqlens, options)
 
 
@@ -59,10 +59,10 @@ def _too_wide(v: Tensor) -> bool:
     return v.element_size() > 2 and v.shape[-1] > _PART
 
 
-def _rising(q: Tensor, scale: float) -> tuple[Tensor, float]:
+def rising(q: Tensor, scale: float) -> tuple[Tensor, float]:
     """q and a scale that is not negative: the largest product is then the largest logit."""
     return (q, scale) if scale >= 0 else (-q, -scale)
 
 
-def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.contiguous() for x in tensors)

@@ -35,7 +35,7 @@ def public(function: Function) -> Function:
         if not known.issuperset(kwargs):
             name = next(name for name in kwargs if name not in known)
             hint = f": {_HINTS[name]}" if name in _HINTS else ""
-            raise TypeError(f"{name}: {function.__name__} has no such argument{hint}")
+            raise TypeError(f"{name}: {function.__qualname__} has no such argument{hint}")
         return function(*args, **kwargs)
 
     return face  # type: ignore[return-value]

@@ -8,6 +8,9 @@ import importlib.util
 import torch
 
 MINIMUM_CAPABILITY = (8, 0)
+HOPPER = (9, 0)
+# The Triton releases with which all tests of the kernels for Hopper have passed on a GPU
+HOPPER_TRITON: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -39,6 +42,21 @@ def lacks_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"kernels need sm_80 or newer, this GPU is sm_{major}{minor}"
     if dtype == torch.float64:
         return "kernels take fp32, fp16 and bf16, these tensors are fp64"
+    return None
+
+
+def lacks_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no kernel for Hopper can take tensors of this device and dtype; None when one can."""
+    reason = lacks_triton(device, dtype)
+    if reason is not None:
+        return reason
+    if device.type != "cuda" or capability(device) != HOPPER:
+        return "made for sm_90 alone"
+    if dtype.itemsize != 2:
+        return f"takes fp16 and bf16, not {dtype}"
+    version = triton_version() or ""
+    if not any(version.startswith(f"{release}.") for release in HOPPER_TRITON):
+        return f"not verified with Triton {version}"
     return None
 
 

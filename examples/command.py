@@ -1,0 +1,37 @@
+"""What the command lines of the examples share."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+
+def parser(program: str, text: str | None) -> argparse.ArgumentParser:
+    """A parser with ``--device``, whose help is the program's own docstring."""
+    first, _, rest = (text or "").partition("\n")
+    made = argparse.ArgumentParser(
+        prog=f"python -m examples.{program}",
+        description=first,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--device",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda, default here %(default)s",
+    )
+    return made
+
+
+def device(name: str) -> str:
+    """The name of a device that tensors can live on here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(
+            f"expected a device of this machine, got {name}: {reason}"
+        ) from None
+    return name

@@ -1,0 +1,113 @@
+"""What warp-specialised kernels for Hopper share.
+
+One warp, the producer, copies tiles from global to shared memory; partitions of four warps each
+consume them there.  Tiles pass through rings: a stage is filled when all readers have left it, and
+read when its bytes have arrived.  Programs stay on their multiprocessor and take turns at tiles of
+the output, so that the copies of the next begin while the last is still at work.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate
+
+# Registers a thread: of 64 Ki, a producer's four warps (three idle) and two consumers' may have
+PRODUCER_REGISTERS = gl.constexpr(24)
+CONSUMER_REGISTERS = gl.constexpr(240)
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """x [B, T, H, D] in tiles [1, rows, 1, columns]; beyond T and D lie zeros, not written to."""
+    layout: Any = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=4)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns], layout)
+
+
+@aggregate
+class Ring:
+    """Stages of shared memory for one kind of tile; the i-th tile goes through stage i % stages."""
+
+    tiles: gl.shared_memory_descriptor  # [stages, 1, rows, 1, columns]
+    ready: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, tiles, ready, empty):
+        self.tiles = tiles
+        self.ready = ready
+        self.empty = empty
+
+    @gluon.jit
+    def fill(self, desc, place, i):
+        """The producer: once the stage is empty, copy what stands at ``place`` there."""
+        stages: gl.constexpr = self.tiles.shape[0]
+        stage = i % stages
+        mbarrier.wait(self.empty.index(stage), i // stages % 2 ^ 1)
+        mbarrier.expect(self.ready.index(stage), desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            desc, place, self.ready.index(stage), self.tiles.index(stage)
+        )
+
+    @gluon.jit
+    def wait(self, i, wanted=True):
+        """Until tile i has arrived; at once where it is not wanted."""
+        stages: gl.constexpr = self.tiles.shape[0]
+        mbarrier.wait(self.ready.index(i % stages), i // stages % 2, pred=wanted)
+
+    @gluon.jit
+    def tile(self, i):
+        """Tile i as [rows, columns]."""
+        stages: gl.constexpr = self.tiles.shape[0]
+        return self.tiles.index(i % stages).reshape([self.tiles.shape[2], self.tiles.shape[4]])
+
+    @gluon.jit
+    def release(self, i):
+        """A reader is done with tile i: all of its warps, for whom one thread arrives."""
+        stages: gl.constexpr = self.tiles.shape[0]
+        gl.thread_barrier()
+        mbarrier.arrive(self.empty.index(i % stages), count=1)
+
+
+@gluon.jit
+def new_tiles(desc, COUNT: gl.constexpr):
+    """Shared memory for tiles as ``desc`` describes them."""
+    shape: gl.constexpr = [COUNT] + desc.block_type.shape  # noqa: RUF005, stars are not compiled
+    return gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
+
+
+@gluon.jit
+def new_ring(desc, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """Before the partitions part; a fence has to follow."""
+    tiles = new_tiles(desc, STAGES)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=READERS)
+    return Ring(tiles, ready, empty)
+
+
+@gluon.jit
+def slot_of(turn):
+    """The slot of this program in a round; every other round runs backwards, which evens out."""
+    slot = gl.program_id(0)
+    if turn % 2 == 1:
+        slot = gl.num_programs(0) - 1 - slot
+    return slot
+
+
+@gluon.jit
+def turns(tiles):
+    """How many of ``tiles`` this program takes."""
+    rounds = tiles // gl.num_programs(0)
+    rest = tiles - rounds * gl.num_programs(0)
+    return rounds + (slot_of(rounds) < rest).to(gl.int32)
+
+
+@gluon.jit
+def at_turn(turn):
+    """The tile that this program takes at a turn."""
+    return slot_of(turn) + turn * gl.num_programs(0)
