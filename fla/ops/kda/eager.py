@@ -29,6 +29,7 @@ from fla.ops.common.boundary import absent
 from fla.ops.common.device import accumulator
 from fla.ops.common.sequences import Carry, Chunks, Sequences
 from fla.ops.kda.gate import Gate, like
+from fla.ops.kda.pool import longest, store
 
 # The root of ε in the l2norm; on the host, whichever device a caller has made the default.
 _SQRT_EPS = {
@@ -120,39 +121,17 @@ def serve(q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, acc
     states, S = S.shape, S.flatten(0, 1)
     tokens = [x.flatten(0, 1) for x in walk.tokens()]  # [B · T, HV, ·]
     o = out.new_zeros(B * T + 1, *out.shape[2:], dtype=walk.dtype)  # a row for what is not there
-    for t in range(_longest(lengths, T if indices is None else indices.shape[1])):
+    for t in range(longest(lengths, T if indices is None else indices.shape[1])):
         there = lengths > t
         token = torch.where(there, starts + t, 0)
         seen, after = _step(S, options.scale, *(x.index_select(0, token) for x in tokens))
         S = torch.where(there.repeat_interleave(walk.HV)[:, None, None], after, S)
         o.index_copy_(0, torch.where(there, token, B * T), seen.view(N, walk.HV, walk.V))
         if indices is not None:
-            _store(state, torch.where(there, indices[:, t], -1), walk.unpack_state(S.view(states)))
+            store(state, torch.where(there, indices[:, t], -1), walk.unpack_state(S.view(states)))
     if indices is None:
-        _store(state, torch.where(lengths > 0, rows, -1), walk.unpack_state(S.view(states)))
+        store(state, torch.where(lengths > 0, rows, -1), walk.unpack_state(S.view(states)))
     out.copy_(o[:-1].view(out.shape))
-
-
-def _longest(lengths: Tensor, most: int) -> int:
-    """How many tokens the longest sequence has; what a device knows is not asked for."""
-    if lengths.device.type == "cpu":
-        return int(lengths.max()) if lengths.numel() else 0
-    return most
-
-
-def _store(pool: Tensor, slots: Tensor, states: Tensor) -> None:
-    """Write ``states`` to the ``slots`` [N] of ``pool`` that are not negative.
-
-    What is dropped repeats a write that is kept, or what stands in the pool already, so that no
-    shape depends on how many there are.
-    """
-    if not slots.shape[0] or not pool.shape[0]:
-        return
-    kept, states = slots >= 0, states.to(pool.dtype)
-    first, any_kept = kept.to(torch.uint8).argmax()[None], kept.any()
-    spare = torch.where(any_kept, states.index_select(0, first), pool[:1])
-    slots = torch.where(kept, slots, torch.where(any_kept, slots.index_select(0, first), 0))
-    pool.index_copy_(0, slots.long(), torch.where(kept[:, None, None, None], states, spare))
 
 
 def _step(S: Tensor, scale: float, k, q, v, decay, beta) -> tuple[Tensor, Tensor]:
