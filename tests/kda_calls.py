@@ -12,8 +12,9 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from shapes import shape_of, spec_named
 
-from fla.testing import OpSpec, Shape, all_specs
+from fla.testing import OpSpec, Shape
 from fla.testing.compare import named_results
 
 _HEADS = ((64, 64), (128, 128), (256, 512), (20, 33), (96, 130))
@@ -35,14 +36,11 @@ class Launch(NamedTuple):
 
     @property
     def spec(self) -> OpSpec:
-        return next(spec for spec in all_specs() if spec.name == self.name)
+        return spec_named(self.name)
 
     @property
     def shape(self) -> Shape:
-        sizes = {"K": self.K, "V": self.V, "group": self.group}
-        if len(self.lengths) > 1:
-            return Shape.packed(*self.lengths, **sizes)
-        return Shape(T=self.lengths[0], **sizes)
+        return shape_of(self.lengths, K=self.K, V=self.V, group=self.group)
 
     def as_told(self):
         """Inside, long sequences fall into segments, or none does."""

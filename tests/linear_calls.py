@@ -13,9 +13,10 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from shapes import shape_of, spec_named
 
 from fla.ops.simple_gla import blocks, segments, walk
-from fla.testing import OpSpec, Shape, all_specs
+from fla.testing import OpSpec, Shape
 from fla.testing.compare import named_results
 
 TABLES = (walk.LINES, segments.LINES)
@@ -61,13 +62,11 @@ class Launch(NamedTuple):
 
     @property
     def spec(self) -> OpSpec:
-        return next(spec for spec in all_specs() if spec.name == self.name)
+        return spec_named(self.name)
 
     @property
     def shape(self) -> Shape:
-        if len(self.lengths) > 1:
-            return Shape.packed(*self.lengths, K=self.K, V=self.V)
-        return Shape(T=self.lengths[0], K=self.K, V=self.V)
+        return shape_of(self.lengths, K=self.K, V=self.V)
 
     @contextlib.contextmanager
     def on_its_gpu(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
-"""The shapes on which generic tests run every operator."""
+"""The shapes on which generic tests run every operator, and how calls by name find theirs."""
 
-from fla.testing import OpSpec, Shape
+from fla.testing import OpSpec, Shape, all_specs
 
 DENSE = [
     Shape(T=0),
@@ -39,3 +39,12 @@ def variants(*conditions) -> list[tuple[OpSpec, str]]:
         if all(condition(spec) for condition in conditions)
         for variant in spec.variants
     ]
+
+
+def spec_named(name: str) -> OpSpec:
+    return next(spec for spec in all_specs() if spec.name == name)
+
+
+def shape_of(lengths: tuple[int, ...], **sizes: int) -> Shape:
+    """Dense, of one length, or several sequences packed."""
+    return Shape.packed(*lengths, **sizes) if len(lengths) > 1 else Shape(T=lengths[0], **sizes)

@@ -13,9 +13,10 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from shapes import shape_of, spec_named
 
 from fla.ops.attn import blocks
-from fla.testing import OpSpec, Shape, all_specs
+from fla.testing import OpSpec, Shape
 from fla.testing.compare import named_results
 
 # KiB of shared memory that a program may have on GPUs like sm_86, sm_80 and sm_90
@@ -49,14 +50,11 @@ class Launch(NamedTuple):
 
     @property
     def spec(self) -> OpSpec:
-        return next(spec for spec in all_specs() if spec.name == self.name)
+        return spec_named(self.name)
 
     @property
     def shape(self) -> Shape:
-        sizes = {"K": self.K, "V": self.V, "group": self.group}
-        if len(self.lengths) > 1:
-            return Shape.packed(*self.lengths, **sizes)
-        return Shape(T=self.lengths[0], **sizes)
+        return shape_of(self.lengths, K=self.K, V=self.V, group=self.group)
 
     def on_its_gpu(self):
         """Inside, kernels are launched as there."""
