@@ -1,6 +1,7 @@
 """Calls that between them use every launch of the delta engine, with and without each option.
 
-As a program it makes part i of n of them, for compute-sanitizer: ``kda_calls.py i n``.
+As a program it makes part i of n of them, for compute-sanitizer: ``kda_calls.py i n``; without
+numbers a few small ones.
 """
 
 from __future__ import annotations
@@ -84,8 +85,19 @@ def gates() -> Iterator[Launch]:
             yield Launch("fused_kda_gate", dtype, K, K, variant, T)
 
 
-def main(part: int, parts: int) -> None:
-    for launch in itertools.islice((*chunked(), *recurrent(), *gates()), part, None, parts):
+def small() -> Iterator[Launch]:
+    """Every kernel, with 16-bit and with wider elements, in segments and not."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for variant, segments in (("raw, lower bound, state", False), ("state", True)):
+            yield Launch("chunk_kda", dtype, 64, 64, variant, (70, 0, 150), segments=segments)
+        yield Launch("fused_recurrent_kda", dtype, 64, 64, "state", _FEW_PACKED)
+        yield Launch("fused_recurrent_kda_fwd", dtype, 64, 64, "state", _FEW)
+        yield Launch("fused_kda_gate", dtype, 64, 64, "softplus", _FEW)
+
+
+def main(part: int | None = None, parts: int = 1) -> None:
+    calls = small() if part is None else (*chunked(), *recurrent(), *gates())
+    for launch in itertools.islice(calls, part, None, parts):
         arguments = launch.spec.arguments(launch.shape, launch.variant, launch.dtype, "cuda")
         with launch.as_told():
             named_results(launch.spec.outputs, arguments, launch.spec.gradients)

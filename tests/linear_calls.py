@@ -1,6 +1,7 @@
 """Calls that between them use every launch of the linear engine, with and without each option.
 
-As a program it makes part i of n of them, for compute-sanitizer: ``linear_calls.py i n``.
+As a program it makes part i of n of them, for compute-sanitizer: ``linear_calls.py i n``;
+without numbers a few small ones.
 """
 
 from __future__ import annotations
@@ -88,8 +89,16 @@ def launches() -> Iterator[Launch]:
                 yield Launch(*call, *case, segments=(i + j // 2) % 2 == 0)
 
 
-def main(part: int, parts: int) -> None:
-    for each in itertools.islice(launches(), part, None, parts):
+def small() -> Iterator[Launch]:
+    """Every kernel, with 16-bit and with wider elements, in segments and not."""
+    for dtype, segmented in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+        for call in _CALLS:
+            yield Launch(*call[:2], (70, 0, 150), dtype, 64, 64, 227, segmented)
+
+
+def main(part: int | None = None, parts: int = 1) -> None:
+    calls = small() if part is None else launches()
+    for each in itertools.islice(calls, part, None, parts):
         arguments = each.spec.arguments(each.shape, each.variant, each.dtype, "cuda")
         with each.on_its_gpu():
             named_results(each.spec.outputs, arguments, each.spec.gradients)

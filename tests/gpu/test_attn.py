@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-
 import pytest
+import sanitizer
 import softmax_calls
 import torch
 from torch.nn.functional import logsigmoid
@@ -27,25 +23,18 @@ def test_every_launch(launch):
     assert found and not wrong, wrong
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@sanitizer.needed
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_launch_stays_in_its_memory(part):
-    assert "ERROR SUMMARY: 0 errors" in sanitized("memcheck", str(part), str(PARTS))
+    found = sanitizer.sanitized("memcheck", softmax_calls.__file__, part, PARTS)
+    assert "ERROR SUMMARY: 0 errors" in found
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@sanitizer.needed
 def test_no_kernel_races():
-    assert "RACECHECK SUMMARY: 0 hazards" in sanitized("racecheck")
-
-
-def sanitized(tool: str, *arguments: str) -> str:
-    """What compute-sanitizer says of this package's kernels in ``softmax_calls.py arguments``."""
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=1"]
-    program = ["--kernel-name=kns=_kernel", sys.executable, softmax_calls.__file__, *arguments]
-    result = subprocess.run([*sanitizer, *program], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    return result.stdout
+    assert "RACECHECK SUMMARY: 0 hazards" in sanitizer.sanitized(
+        "racecheck", softmax_calls.__file__
+    )
 
 
 def operands(T, HQ=4, H=2, D=64, gate=None, dtype=torch.bfloat16, B=1):
@@ -220,4 +209,4 @@ def test_beyond_two_to_the_31_elements():
     tail = slice(T - 1024, None)
     expected = run(*(x[:, tail] for x in (q, k, v)), None, do[:, tail], window_size=100)
     for a, b in zip(found, expected, strict=True):
-        assert relative_error(a[:, -(last - 100) :], b[:, -(last - 100) :]) < 1e-3
+        assert relative_error(a[:, -(last - 100) :], b[:, -(last - 100) :]) < 5e-3  # bf16

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import shutil
-import subprocess
-import sys
 from unittest import mock
 
 import kda_calls
 import pytest
+import sanitizer
 import torch
 import triton
 
@@ -44,15 +41,17 @@ def test_every_gate(launch):
     check(launch.spec, launch.shape, launch.variant, launch.dtype)
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@sanitizer.needed
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_launch_stays_in_its_memory(part):
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    sanitizer = ["compute-sanitizer", "--error-exitcode=1", "--kernel-name=kns=_kernel"]
-    program = [sys.executable, kda_calls.__file__, str(part), str(PARTS)]
-    result = subprocess.run([*sanitizer, *program], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert "ERROR SUMMARY: 0 errors" in result.stdout
+    found = sanitizer.sanitized("memcheck", kda_calls.__file__, part, PARTS)
+    assert "ERROR SUMMARY: 0 errors" in found
+
+
+@sanitizer.needed
+def test_no_kernel_races():
+    found = sanitizer.sanitized("racecheck", kda_calls.__file__)
+    assert "RACECHECK SUMMARY: 0 hazards" in found
 
 
 def constant(decay):

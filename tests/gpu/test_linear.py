@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-
 import linear_calls
 import pytest
+import sanitizer
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -28,15 +24,17 @@ def test_every_launch(each):
     assert found and not wrong, wrong
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@sanitizer.needed
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_launch_stays_in_its_memory(part):
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    sanitizer = ["compute-sanitizer", "--error-exitcode=1", "--kernel-name=kns=_kernel"]
-    program = [sys.executable, linear_calls.__file__, str(part), str(PARTS)]
-    result = subprocess.run([*sanitizer, *program], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert "ERROR SUMMARY: 0 errors" in result.stdout
+    found = sanitizer.sanitized("memcheck", linear_calls.__file__, part, PARTS)
+    assert "ERROR SUMMARY: 0 errors" in found
+
+
+@sanitizer.needed
+def test_no_kernel_races():
+    found = sanitizer.sanitized("racecheck", linear_calls.__file__)
+    assert "RACECHECK SUMMARY: 0 hazards" in found
 
 
 def operands(T, H=4, K=64, V=64, gated=True, dtype=torch.bfloat16, B=1):

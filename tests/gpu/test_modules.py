@@ -1,10 +1,14 @@
-"""Norms, short convolutions and layers on a GPU against fp64 on the CPU."""
+"""Norms, short convolutions and layers on a GPU against fp64 on the CPU.
+
+Run as a program it makes the calls of norms and convolutions, for compute-sanitizer.
+"""
 
 from __future__ import annotations
 
 import copy
 
 import pytest
+import sanitizer
 import torch
 
 from fla import layers
@@ -46,12 +50,16 @@ def agree(module, run, dtype, bound=None, **inputs):
         assert relative_error(one, value) < (bound or BOUNDS[dtype]), i
 
 
-@dtypes
-@pytest.mark.parametrize(
-    "shape, activation",
-    [((0, 8), "swish"), ((3, 700, 4, 20), "swish"), ((70, 2048), "sigmoid"), ((9, 20000), "swish")],
-    ids=str,
+NORMS = (
+    ((0, 8), "swish"),
+    ((3, 700, 4, 20), "swish"),
+    ((70, 2048), "sigmoid"),
+    ((9, 20000), "swish"),
 )
+
+
+@dtypes
+@pytest.mark.parametrize("shape, activation", NORMS, ids=str)
 def test_norms(shape, activation, dtype):
     x, g, residual = draw(*shape), draw(*shape, seed=1), draw(*shape, seed=2)
     gated = FusedRMSNormGated(shape[-1], activation=activation)
@@ -67,14 +75,17 @@ def test_norms(shape, activation, dtype):
 
 
 PACKED = (0, 5, 0, 900, 1, 2, 3, 0)
+CONVOLUTIONS = (
+    ((), 192, 4),
+    (PACKED, 192, 4),
+    (PACKED, 20, 3),
+    ((0, 0), 20, 3),
+    ((), 20, 1),
+)
 
 
 @dtypes
-@pytest.mark.parametrize(
-    "lengths, D, W",
-    [((), 192, 4), (PACKED, 192, 4), (PACKED, 20, 3), ((0, 0), 20, 3), ((), 20, 1)],
-    ids=str,
-)
+@pytest.mark.parametrize("lengths, D, W", CONVOLUTIONS, ids=str)
 def test_convolutions(lengths, D, W, dtype):
     bounds = torch.tensor([0, *lengths]).cumsum(0) if lengths else None
     B, T, N = (1, sum(lengths), len(lengths)) if lengths else (2, 333, 2)
@@ -91,6 +102,13 @@ def test_convolutions(lengths, D, W, dtype):
         residual=draw(B, T, D, seed=1),
         cache=draw(N, D, W, seed=2),
     )
+
+
+@sanitizer.needed
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_kernels_keep_to_their_memory(tool):
+    found = sanitizer.sanitized(tool, __file__)
+    assert f"{'ERROR' if tool == 'memcheck' else 'RACECHECK'} SUMMARY: 0" in found
 
 
 def test_tokens_behind_the_last_boundary():
@@ -134,3 +152,15 @@ def test_layers(name):
             outputs.append(o)
         assert relative_error(torch.cat(outputs, 1), expected) < bound, dtype
         assert relative_error(layer(x, mask.cuda())[0], expected) < bound, dtype
+
+
+def main() -> None:
+    for dtype in BOUNDS:
+        for shape, activation in NORMS:
+            test_norms(shape, activation, dtype)
+        for lengths, D, W in CONVOLUTIONS:
+            test_convolutions(lengths, D, W, dtype)
+
+
+if __name__ == "__main__":
+    main()

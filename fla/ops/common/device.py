@@ -10,7 +10,7 @@ import torch
 MINIMUM_CAPABILITY = (8, 0)
 HOPPER = (9, 0)
 # The Triton releases with which all tests of the kernels for Hopper have passed on a GPU
-HOPPER_TRITON: tuple[str, ...] = ()
+HOPPER_TRITON = ("3.6",)
 
 
 @functools.cache
