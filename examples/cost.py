@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = costs(options.device, lengths)
     rows = [["time, memory", *(f"{T} tokens" for T in lengths)]]
     for label, measured in found.items():
-        cells = [f"{m['seconds'] * 1e3:.0f} ms, {m['bytes'] / 1e6:.0f} MB" for m in measured]
+        cells = [f"{m['seconds'] * 1e3:.3g} ms, {m['bytes'] / 1e6:.0f} MB" for m in measured]
         rows.append([label, *cells])
     print(*aligned(rows), sep="\n")
     return 0

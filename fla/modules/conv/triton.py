@@ -1,4 +1,8 @@
-"""The convolution engine's kernels, one each way."""
+"""The convolution engine's kernels, one each way.
+
+A program walks along a stretch of tokens with some channels' last W inputs in registers: each is
+read once, and no sum of the weight's gradient crosses threads.
+"""
 
 from __future__ import annotations
 
@@ -11,69 +15,88 @@ from fla.modules.conv.engine import Options
 from fla.ops.common.boundary import absent
 from fla.ops.common.kernels import cdiv, multiprocessors, power_of_two
 
-BLOCK_T, BLOCK_D = 32, 64
-PROGRAMS = 16  # of the backward for each multiprocessor; each has a share of the weight's gradient
+BLOCK_D = 256  # channels of a program, four in each thread
+WALKS = 16  # programs for each multiprocessor
+SHORTEST = 8  # tokens of a walk
+AHEAD = 4  # tokens whose loads are under way together
 
 
 @triton.jit
-def places(cu_seqlens, o_t, N, T, steps):
-    """For tokens o_t: their sequence, N if none, their position in it, and how many end it."""
+def sequence(cu_seqlens, t, N, T, steps):
+    """The sequence that token t lies in, N if none, and where it begins and ends."""
     if cu_seqlens is None:
-        n = o_t // T
-        p = o_t - n * T
-        left = T - p
+        n = t // T
+        bos = n * T
+        eos = bos + T
     else:
-        n = o_t * 0  # how many sequences end at or before the token
+        n = t * 0  # how many sequences end at or before the token
         above = n + N
         for _ in range(steps):
             middle = (n + above) // 2
             end = tl.load(cu_seqlens + 1 + middle, mask=middle < above, other=0).to(tl.int32)
-            later = (middle < above) & (end <= o_t)
+            later = (middle < above) & (end <= t)
             above = tl.where(later, above, middle)
             n = tl.where(later, middle + 1, n)
-        p = o_t - tl.load(cu_seqlens + n).to(tl.int32)
-        left = tl.load(cu_seqlens + n + 1, mask=n < N, other=0).to(tl.int32) - o_t
-    return n, p, left
+        bos = tl.load(cu_seqlens + n).to(tl.int32)
+        eos = tl.load(cu_seqlens + n + 1, mask=n < N, other=2147483647).to(tl.int32)
+    return n, bos, eos
 
 
 @triton.jit
-def tap(x, cache, o_t, n, p, m, o_d, m_d, shift, D: tl.constexpr, W: tl.constexpr):
-    """The inputs ``shift`` tokens before tokens o_t, [BT, BD]; before a sequence its cache."""
-    there = m & (p >= shift)
-    at = (o_t - shift).to(tl.int64)[:, None] * D + o_d[None, :]
-    b_x = tl.load(x + at, mask=there[:, None] & m_d[None, :], other=0).to(tl.float32)
-    if cache is not None:
-        kept = m & (p < shift)
-        at = (n.to(tl.int64)[:, None] * D + o_d[None, :]) * W + (W + p - shift)[:, None]
-        b_x += tl.load(cache + at, mask=kept[:, None] & m_d[None, :], other=0).to(tl.float32)
-    return b_x
+def rows(x, t, stop, o_d, m_d, D: tl.constexpr, COUNT: tl.constexpr):
+    """x [COUNT, BD] from token t on, row by row; zero before token 0 and from ``stop`` on."""
+    found = ()
+    for j in tl.static_range(COUNT):
+        mask = m_d & (t + j >= 0) & (t + j < stop)
+        found = found + (tl.load(x + (t + j).to(tl.int64) * D + o_d, mask=mask, other=0),)
+    return found
 
 
 @triton.jit
-def weighed(x, weight, bias, cache, o_t, n, p, m, o_d, m_d, D: tl.constexpr, W: tl.constexpr):
-    """Σ_i weight_i x_{t − W + 1 + i} + bias, [BT, BD]."""
-    b_y = tl.zeros([o_t.shape[0], o_d.shape[0]], tl.float32)
+def taps(window, cache, n, p, live, o_d, m_d, D: tl.constexpr, W: tl.constexpr):
+    """Of the last W inputs those of its sequence; before position 0 the sequence's cache."""
+    found = ()
     for i in tl.static_range(W):
-        b_w = tl.load(weight + o_d * W + i, mask=m_d, other=0).to(tl.float32)
-        b_y += tap(x, cache, o_t, n, p, m, o_d, m_d, W - 1 - i, D, W) * b_w[None, :]
-    if bias is not None:
-        b_y += tl.load(bias + o_d, mask=m_d, other=0).to(tl.float32)[None, :]
+        shift = W - 1 - i
+        b_x = tl.where(live & (p >= shift), window[i], 0).to(tl.float32)
+        if shift > 0 and cache is not None:
+            at = (n.to(tl.int64) * D + o_d) * W + W + p - shift
+            mask = m_d & live & (p < shift)
+            b_x += tl.load(cache + at, mask=mask, other=0).to(tl.float32)
+        found = found + (b_x,)
+    return found
+
+
+@triton.jit
+def weighed(b_taps, b_w, b_bias, W: tl.constexpr):
+    """Σ_i weight_i x_{t − W + 1 + i} + bias, [BD]."""
+    b_y = b_bias
+    for i in tl.static_range(W):
+        b_y += b_taps[i] * b_w[i]
     return b_y
 
 
 @triton.jit
-def slope(
-    dy, x, weight, bias, cache, o_t, n, p, m, o_d, m_d, D: tl.constexpr, W: tl.constexpr,
-    SILU: tl.constexpr,
-):  # fmt: skip
-    """The gradient of what ``weighed`` gives at tokens o_t, [BT, BD]."""
-    at = o_t.to(tl.int64)[:, None] * D + o_d[None, :]
-    b_dy = tl.load(dy + at, mask=m[:, None] & m_d[None, :], other=0).to(tl.float32)
+def slope(b_dy, b_taps, b_w, b_bias, live, W: tl.constexpr, SILU: tl.constexpr):
+    """The gradient of what ``weighed`` gives, [BD]."""
+    b_dy = b_dy.to(tl.float32)
     if SILU:
-        b_y = weighed(x, weight, bias, cache, o_t, n, p, m, o_d, m_d, D, W)
+        b_y = weighed(b_taps, b_w, b_bias, W)
         b_s = tl.sigmoid(b_y)
         b_dy *= b_s * (1 + b_y * (1 - b_s))
-    return b_dy
+    return tl.where(live, b_dy, 0)
+
+
+@triton.jit
+def parameters(weight, bias, o_d, m_d, W: tl.constexpr):
+    """The weight [W, BD], row by row, and the bias [BD]."""
+    b_w = ()
+    for i in tl.static_range(W):
+        b_w = b_w + (tl.load(weight + o_d * W + i, mask=m_d, other=0).to(tl.float32),)
+    b_bias = tl.zeros([o_d.shape[0]], tl.float32)
+    if bias is not None:
+        b_bias += tl.load(bias + o_d, mask=m_d, other=0).to(tl.float32)
+    return b_w, b_bias
 
 
 @triton.jit
@@ -88,7 +111,21 @@ def ends(cu_seqlens, n, T):
     return bos, length
 
 
-@triton.jit(do_not_specialize=["tokens", "N", "T", "blocks", "steps"])
+@triton.jit
+def last(x, cache, cu_seqlens, final, n, T, o_d, m_d, D: tl.constexpr, W: tl.constexpr):
+    """Write the last W inputs of sequence n, the first of which may still be its cache's."""
+    bos, length = ends(cu_seqlens, n, T)
+    b_xs = rows(x, bos + length - W, bos + length, o_d, m_d, D, W)
+    for c in tl.static_range(W):
+        kept = length + c < W
+        at = (n.to(tl.int64) * D + o_d) * W + c
+        b_x = tl.where(kept, 0, b_xs[c])
+        if cache is not None:
+            b_x += tl.load(cache + at + length, mask=m_d & kept, other=0)
+        tl.store(final + at, b_x, mask=m_d)
+
+
+@triton.jit(do_not_specialize=["tokens", "N", "T", "programs", "stretch", "steps"])
 def forward_kernel(
     x,
     weight,
@@ -101,49 +138,109 @@ def forward_kernel(
     tokens,
     N,
     T,
-    blocks,
+    programs,
+    stretch,
     steps,
     D: tl.constexpr,
     W: tl.constexpr,
-    BT: tl.constexpr,
     BD: tl.constexpr,
+    AHEAD: tl.constexpr,
     SILU: tl.constexpr,
 ):
     """y_t = activation(Σ_i weight_i x_{t − W + 1 + i} + bias) + residual_t.
 
-    The first ``blocks`` programs own BT tokens each, of BD channels; the others one sequence's
-    ``final`` each, its last W inputs.
+    The first ``programs`` programs walk along ``stretch`` tokens each, of BD channels; the others
+    own one sequence's ``final`` each, its last W inputs.
     """
-    i_t = tl.program_id(0)
+    i = tl.program_id(0)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
-    if i_t < blocks:
-        o_t = i_t * BT + tl.arange(0, BT)
-        m_t = o_t < tokens
-        n, p, _ = places(cu_seqlens, o_t, N, T, steps)
-        m = m_t & (n < N)
-        b_y = weighed(x, weight, bias, cache, o_t, n, p, m, o_d, m_d, D, W)
-        if SILU:
-            b_y *= tl.sigmoid(b_y)
-        at = o_t.to(tl.int64)[:, None] * D + o_d[None, :]
-        if residual is not None:
-            mask = m[:, None] & m_d[None, :]
-            b_y += tl.load(residual + at, mask=mask, other=0).to(tl.float32)
-        b_y = tl.where(m[:, None], b_y, 0)
-        tl.store(y + at, b_y, mask=m_t[:, None] & m_d[None, :])
+    if i < programs:
+        start = i * stretch
+        stop = tl.minimum(start + stretch, tokens)
+        b_w, b_bias = parameters(weight, bias, o_d, m_d, W)
+        window = rows(x, start - (W - 1), stop, o_d, m_d, D, W - 1)
+        n, bos, eos = sequence(cu_seqlens, start, N, T, steps)
+        for step in range(tl.cdiv(stop - start, AHEAD)):
+            t_0 = start + step * AHEAD
+            b_xs = rows(x, t_0, stop, o_d, m_d, D, AHEAD)
+            if residual is not None:
+                b_rs = rows(residual, t_0, stop, o_d, m_d, D, AHEAD)
+            for j in tl.static_range(AHEAD):
+                t = t_0 + j
+                if t >= eos:
+                    n, bos, eos = sequence(cu_seqlens, t, N, T, steps)
+                window = window + (b_xs[j],)
+                b_taps = taps(window, cache, n, t - bos, n < N, o_d, m_d, D, W)
+                b_y = weighed(b_taps, b_w, b_bias, W)
+                if SILU:
+                    b_y *= tl.sigmoid(b_y)
+                if residual is not None:
+                    b_y += b_rs[j].to(tl.float32)
+                b_y = tl.where(n < N, b_y, 0)
+                tl.store(y + t.to(tl.int64) * D + o_d, b_y, mask=m_d & (t < stop))
+                window = window[1:]
     elif final is not None:
-        i_n = i_t - blocks
-        bos, length = ends(cu_seqlens, i_n, T)
-        o_c = tl.arange(0, BT)  # columns of the cache
-        m_c = o_c < W
-        o_p = length - W + o_c
-        zero = o_c * 0
-        b_x = tap(x, cache, bos + o_p, zero + i_n, o_p, m_c, o_d, m_d, 0, D, W)  # [BT, BD]
-        at = (i_n.to(tl.int64) * D + o_d[None, :]) * W + o_c[:, None]
-        tl.store(final + at, b_x, mask=m_c[:, None] & m_d[None, :])
+        last(x, cache, cu_seqlens, final, i - programs, T, o_d, m_d, D, W)
 
 
-@triton.jit(do_not_specialize=["tokens", "N", "T", "programs", "steps"])
+@triton.jit
+def add(b_dw, b_dy, b_taps, W: tl.constexpr):
+    """The weight's gradient with one token's share."""
+    found = ()
+    for i in tl.static_range(W):
+        found = found + (b_dw[i] + b_dy * b_taps[i],)
+    return found
+
+
+@triton.jit
+def spread(b_dxs, b_dy, b_w, p, W: tl.constexpr):
+    """The gradients of a token and those before it with what it gives them."""
+    found = ()
+    for i in tl.static_range(W):
+        found = found + (b_dxs[i] + tl.where(p >= W - 1 - i, b_dy * b_w[i], 0),)
+    return found
+
+
+@triton.jit
+def unseen(b_dcs, b_dy, b_w, p: tl.constexpr, W: tl.constexpr):
+    """The cache's gradient with what the token at position p gives it."""
+    found = ()
+    for c in tl.static_range(W):
+        if c > p:
+            found = found + (b_dcs[c] + b_dy * b_w[c - 1 - p],)
+        else:
+            found = found + (b_dcs[c],)
+    return found
+
+
+@triton.jit
+def before(
+    dy, dfinal, x, cache, cu_seqlens, dcache, b_w, b_bias, n, T, o_d, m_d, D: tl.constexpr,
+    W: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of sequence n's cache, which its first W − 1 tokens see."""
+    bos, length = ends(cu_seqlens, n, T)
+    b_xs = rows(x, bos, bos + length, o_d, m_d, D, W)
+    b_dys = rows(dy, bos, bos + length, o_d, m_d, D, W)
+    b_zero = tl.zeros([o_d.shape[0]], tl.float32)
+    window = (b_zero.to(x.dtype.element_ty),) * (W - 1)  # the cache stands in its place
+    b_dcs = (b_zero,) * W
+    for p in tl.static_range(W - 1):
+        window = window + (b_xs[p],)
+        b_taps = taps(window, cache, n, n * 0 + p, p < length, o_d, m_d, D, W)
+        b_dy = slope(b_dys[p], b_taps, b_w, b_bias, p < length, W, SILU)
+        b_dcs = unseen(b_dcs, b_dy, b_w, p, W)
+        window = window[1:]
+    for c in tl.static_range(W):
+        b_dc = b_dcs[c]
+        at = (n.to(tl.int64) * D + o_d) * W + c
+        if dfinal is not None:
+            b_dc += tl.load(dfinal + at - length, mask=m_d & (c >= length), other=0)
+        tl.store(dcache + at, b_dc, mask=m_d)
+
+
+@triton.jit(do_not_specialize=["tokens", "N", "T", "programs", "stretch", "steps"])
 def backward_kernel(
     dy,
     dfinal,
@@ -160,74 +257,70 @@ def backward_kernel(
     N,
     T,
     programs,
+    stretch,
     steps,
     D: tl.constexpr,
     W: tl.constexpr,
-    BT: tl.constexpr,
     BD: tl.constexpr,
-    BW: tl.constexpr,
+    AHEAD: tl.constexpr,
     SILU: tl.constexpr,
 ):
     """dx_t = Σ_s weight_{W−1−s} dy'_{t+s} + dfinal, dy' the gradient before the activation.
 
-    The first ``programs`` programs take turns at blocks of BT tokens, of BD channels; each sums its
-    share of the weight's gradient into ``dweights`` [programs, D, W], and of the bias' into
-    ``dbiases`` [programs, D].  The others own one sequence's ``dcache`` each.
+    The first ``programs`` programs walk along ``stretch`` tokens each, of BD channels, and W − 1
+    behind them, which see them too; each leaves its share of the weight's gradient in ``dweights``
+    [programs, W, D] and of the bias' in ``dbiases`` [programs, D].  The others own one sequence's
+    ``dcache`` each.
     """
     i = tl.program_id(0)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
-    o_w = tl.arange(0, BW)
+    b_w, b_bias = parameters(weight, bias, o_d, m_d, W)
+    b_zero = tl.zeros([BD], tl.float32)
     if i < programs:
-        b_dw = tl.zeros([BW, BD], tl.float32)
-        b_db = tl.zeros([BD], tl.float32)
-        for i_t in range(i, tl.cdiv(tokens, BT), programs):
-            o_t = i_t * BT + tl.arange(0, BT)
-            m_t = o_t < tokens
-            n, p, left = places(cu_seqlens, o_t, N, T, steps)
-            m = m_t & (n < N)
-            b_dx = tl.zeros([BT, BD], tl.float32)
-            for s in tl.static_range(W):
-                b_dy = slope(
-                    dy, x, weight, bias, cache, o_t + s, n, p + s, m & (left > s), o_d, m_d, D, W,
-                    SILU,
-                )  # fmt: skip
-                b_w = tl.load(weight + o_d * W + W - 1 - s, mask=m_d, other=0).to(tl.float32)
-                b_dx += b_dy * b_w[None, :]
-                if s == 0:
-                    b_db += tl.sum(b_dy, 0)
-                    for j in tl.static_range(W):
-                        b_x = tap(x, cache, o_t, n, p, m, o_d, m_d, W - 1 - j, D, W)
-                        share = tl.sum(b_dy * b_x, 0)[None, :]
-                        b_dw += tl.where(o_w[:, None] == j, share, 0)
-            if dfinal is not None:
-                column = (n.to(tl.int64)[:, None] * D + o_d[None, :]) * W + (W - left)[:, None]
-                mask = (m & (left <= W))[:, None] & m_d[None, :]
-                b_dx += tl.load(dfinal + column, mask=mask, other=0).to(tl.float32)
-            at = o_t.to(tl.int64)[:, None] * D + o_d[None, :]
-            tl.store(dx + at, b_dx, mask=m_t[:, None] & m_d[None, :])
-        at = (i.to(tl.int64) * D + o_d[None, :]) * W + o_w[:, None]
-        tl.store(dweights + at, b_dw, mask=(o_w < W)[:, None] & m_d[None, :])
+        start = i * stretch
+        stop = tl.minimum(start + stretch, tokens)
+        window = rows(x, start - (W - 1), stop, o_d, m_d, D, W - 1)
+        b_dw = (b_zero,) * W
+        b_db = b_zero
+        b_dxs = (b_zero,) * (W - 1)  # of the tokens before t, as far as it is known
+        n, bos, eos = sequence(cu_seqlens, start, N, T, steps)
+        for step in range(tl.cdiv(stop + W - 1 - start, AHEAD)):
+            t_0 = start + step * AHEAD
+            b_xs = rows(x, t_0, tokens, o_d, m_d, D, AHEAD)
+            b_dys = rows(dy, t_0, tokens, o_d, m_d, D, AHEAD)
+            for j in tl.static_range(AHEAD):
+                t = t_0 + j
+                if t >= eos:
+                    n, bos, eos = sequence(cu_seqlens, t, N, T, steps)
+                p = t - bos
+                window = window + (b_xs[j],)
+                b_taps = taps(window, cache, n, p, n < N, o_d, m_d, D, W)
+                b_dy = slope(b_dys[j], b_taps, b_w, b_bias, n < N, W, SILU)
+                b_own = tl.where(t < stop, b_dy, 0)
+                b_db += b_own
+                b_dw = add(b_dw, b_own, b_taps, W)
+                b_dx = b_zero
+                if dfinal is not None:
+                    at = (n.to(tl.int64) * D + o_d) * W + W - (eos - t)
+                    mask = m_d & (n < N) & (eos - t <= W)
+                    b_dx += tl.load(dfinal + at, mask=mask, other=0).to(tl.float32)
+                b_dxs = spread(b_dxs + (b_dx,), b_dy, b_w, p, W)
+                done = t - (W - 1)
+                mask = m_d & (done >= start) & (done < stop)
+                tl.store(dx + done.to(tl.int64) * D + o_d, b_dxs[0], mask=mask)
+                b_dxs = b_dxs[1:]
+                window = window[1:]
+        for c in tl.static_range(W):
+            at = (i.to(tl.int64) * W + c) * D + o_d
+            tl.store(dweights + at, b_dw[c], mask=m_d)
         if dbiases is not None:
             tl.store(dbiases + i.to(tl.int64) * D + o_d, b_db, mask=m_d)
     elif dcache is not None:
-        i_n = i - programs
-        bos, length = ends(cu_seqlens, i_n, T)
-        o_p = tl.arange(0, BT)  # the sequence's first tokens, that see its cache
-        zero = o_p * 0
-        m_p = o_p < tl.minimum(length, W - 1)
-        b_dy = slope(
-            dy, x, weight, bias, cache, bos + o_p, zero + i_n, o_p, m_p, o_d, m_d, D, W, SILU
-        )
-        for c in tl.static_range(W):
-            o_i = c - 1 - o_p  # the tap through which a token sees column c
-            m_w = (o_i >= 0)[:, None] & m_d[None, :]
-            b_w = tl.load(weight + o_d[None, :] * W + o_i[:, None], mask=m_w, other=0)
-            b_dc = tl.sum(b_dy * b_w.to(tl.float32), 0)
-            o_c = (i_n.to(tl.int64) * D + o_d) * W + c
-            if dfinal is not None:
-                b_dc += tl.load(dfinal + o_c - length, mask=m_d & (c >= length), other=0)
-            tl.store(dcache + o_c, b_dc, mask=m_d)
+        before(
+            dy, dfinal, x, cache, cu_seqlens, dcache, b_w, b_bias, i - programs, T, o_d, m_d, D, W,
+            SILU,
+        )  # fmt: skip
 
 
 def forward(
@@ -239,19 +332,17 @@ def forward(
     cu_seqlens: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    N, sizes, shape = _shape(x, weight, cu_seqlens)
+    N, across, sizes, shape = _shape(x, weight, cu_seqlens)
     y, final = torch.empty_like(x, memory_format=torch.contiguous_format), None
     if options.output_final_state:
         final = x.new_empty(N, *weight.shape)
-    blocks = cdiv(sizes["tokens"], shape["BT"])
-    grid = (blocks + (0 if final is None else N), cdiv(shape["D"], shape["BD"]))
+    grid = (sizes["programs"] + (0 if final is None else N), across)
     if all(grid):
         forward_kernel[grid](
             *_contiguous(x, weight, bias, residual, cache, cu_seqlens),
             y,
             final,
             **sizes,
-            blocks=blocks,
             **shape,
             SILU=options.silu,
         )
@@ -268,13 +359,11 @@ def backward(
     cu_seqlens: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    N, sizes, shape = _shape(x, weight, cu_seqlens)
+    N, across, sizes, shape = _shape(x, weight, cu_seqlens)
     D, W = weight.shape
-    across = cdiv(D, shape["BD"])
-    most = max(PROGRAMS * multiprocessors(x.device) // max(across, 1), 1)
-    programs = min(cdiv(sizes["tokens"], shape["BT"]), most)
+    programs = sizes["programs"]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dweights = x.new_empty(programs, D, W, dtype=torch.float32)
+    dweights = x.new_empty(programs, W, D, dtype=torch.float32)
     dbiases = None if bias is None else x.new_empty(programs, D, dtype=torch.float32)
     dcache = None
     if cache is not None:
@@ -288,28 +377,35 @@ def backward(
             dbiases,
             dcache,
             **sizes,
-            programs=programs,
             **shape,
-            BW=power_of_two(W),
             SILU=options.silu,
         )
     return (
         dx,
-        dweights.sum(0).to(weight.dtype),
+        dweights.sum(0).T.to(weight.dtype).contiguous(),
         absent(x) if bias is None or dbiases is None else dbiases.sum(0).to(bias.dtype),
         absent(x) if dcache is None else dcache,
     )
 
 
 def _shape(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None):
-    """N, the sizes that vary from call to call, and those that a kernel is compiled for."""
+    """N, programs across the channels, sizes that vary, and those that a kernel is compiled for."""
     B, T, D = x.shape
-    W = weight.shape[1]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    # ``steps`` of a binary search find a token's sequence
-    sizes = {"tokens": B * T, "N": N, "T": T, "steps": N.bit_length()}
-    BT, BD = max(BLOCK_T, power_of_two(W)), min(power_of_two(D), BLOCK_D)
-    return N, sizes, {"D": D, "W": W, "BT": BT, "BD": BD, "num_warps": 4}
+    BD = min(power_of_two(D), BLOCK_D)
+    across = cdiv(D, BD)
+    most = max(WALKS * multiprocessors(x.device) // max(across, 1), 1)
+    stretch = max(cdiv(B * T, most), SHORTEST)
+    sizes = {
+        "tokens": B * T,
+        "N": N,
+        "T": T,
+        "programs": cdiv(B * T, stretch),
+        "stretch": stretch,
+        "steps": N.bit_length(),  # of a binary search for a token's sequence
+    }
+    shape = {"D": D, "W": weight.shape[1], "BD": BD, "AHEAD": AHEAD}
+    return N, across, sizes, shape | {"num_warps": max(BD // 128, 1)}
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
