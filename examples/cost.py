@@ -75,6 +75,11 @@ def measure_on_gpu(case: Case, device: str) -> Measured:
     }
 
 
+def cell(measured: Measured) -> str:
+    ms = measured["seconds"] * 1e3
+    return f"{ms:,.{0 if ms >= 10 else 2}f} ms, {measured['bytes'] / 1e6:,.0f} MB"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.parser("cost", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", help="default 512 … 8192, 32768 on a GPU")
@@ -83,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = costs(options.device, lengths)
     rows = [["time, memory", *(f"{T} tokens" for T in lengths)]]
     for label, measured in found.items():
-        cells = [f"{m['seconds'] * 1e3:.3g} ms, {m['bytes'] / 1e6:.0f} MB" for m in measured]
-        rows.append([label, *cells])
+        rows.append([label, *map(cell, measured)])
     print(*aligned(rows), sep="\n")
     return 0
 

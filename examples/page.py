@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from examples.chart import Axis, Line, chart
-from examples.cost import Measured
+from examples.cost import Measured, cell
 from examples.data import marked
 from examples.model import MIXERS
 from examples.recall import CHUNK, DISTANCES, Task, bins
@@ -244,10 +244,7 @@ def _cost(results: Results) -> list[str]:
         ]
         values = [value for line in lines for _, value in line.points]
         figures.append(chart(title, x, Axis(title, _log_ticks(values), log=True), lines))
-    rows = [
-        [name, *(f"{m['seconds'] * 1e3:,.0f} ms, {m['bytes'] / 1e6:,.0f} MB" for m in found)]
-        for name, found in results.costs.items()
-    ]
+    rows = [[name, *map(cell, found)] for name, found in results.costs.items()]
     return [
         "<section>",
         "<h2>What length costs</h2>",
