@@ -96,6 +96,13 @@ def test_unknown_keywords(spec, variant):
     )
 
 
+@every(lambda spec: spec.state)
+def test_flags(spec, variant):
+    good = spec.arguments(Shape(T=6), variant)
+    message = "output_final_state: expected True or False, got str"
+    refuses(spec, {**good, "output_final_state": "yes"}, TypeError, message)
+
+
 @every(lambda spec: spec.packed and spec.along_tokens)
 def test_boundaries(spec, variant):
     good = spec.arguments(Shape.packed(2, 4), variant)
@@ -148,6 +155,8 @@ def test_chunk_size(qkv):
         more = {"layer_idx": 0, "num_layers": 2} if "lightning" in call.__name__ else {}
         with pytest.raises(ValueError, match="chunk_size: expected one of 16, 32, 64, 128, got 48"):
             call(**qkv, **more, chunk_size=48)
+        with pytest.raises(TypeError, match="chunk_size: expected a whole number, got float"):
+            call(**qkv, **more, chunk_size=64.0)
 
 
 def test_head_sizes(qkv):

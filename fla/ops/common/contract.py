@@ -27,15 +27,18 @@ _HINTS = {
 
 
 def public(function: Function) -> Function:
-    """Make an unknown keyword a TypeError that says what to do instead."""
-    known = frozenset(inspect.signature(function).parameters)
+    """Make an unknown keyword, or a flag that is no flag, a TypeError that says what is meant."""
+    parameters = inspect.signature(function).parameters
+    flags = {name: isinstance(each.default, bool) for name, each in parameters.items()}
 
     @functools.wraps(function)
     def face(*args, **kwargs):
-        if not known.issuperset(kwargs):
-            name = next(name for name in kwargs if name not in known)
-            hint = f": {_HINTS[name]}" if name in _HINTS else ""
-            raise TypeError(f"{name}: {function.__qualname__} has no such argument{hint}")
+        for name, value in kwargs.items():
+            if name not in flags:
+                hint = f": {_HINTS[name]}" if name in _HINTS else ""
+                raise TypeError(f"{name}: {function.__qualname__} has no such argument{hint}")
+            if flags[name] and not isinstance(value, int):
+                raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
         return function(*args, **kwargs)
 
     return face  # type: ignore[return-value]
@@ -184,6 +187,8 @@ def scale_or_default(scale: float | None, K: int) -> float:
 
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if isinstance(allowed[0], int):
+        number(name, value, numbers.Integral)
     if value not in allowed:
         listed = ", ".join(str(item) for item in allowed)
         raise ValueError(f"{name}: expected one of {listed}, got {value}")
