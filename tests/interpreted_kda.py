@@ -27,6 +27,7 @@ def operands(T, K, V, dtype=torch.float32, H=1, HV=1, B=1, lengths=None, gate="s
     N = len(lengths) if lengths else B
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) if lengths else None
     options = {"scale": K**-0.5, "chunk_size": 64, "qk_l2norm": True, **options}
+    options["gate"] = gate == "raw"
     options = Options(output_final_state=True, **options)
     q, k = torch.randn(2, B, T, H, K).to(dtype)
     v, do = torch.randn(2, B, T, HV, V).to(dtype)
@@ -73,9 +74,9 @@ CASES = {
         "T": 68, "K": 16, "V": 24, "lengths": (0, 33, 0, 34, 1, 0), "state_v_first": True,
     },
     "softplus, doubled": {
-        "T": 35, "K": 20, "V": 16, "gate": None, "beta_sigmoid": True, "neg_eigval": True,
+        "T": 35, "K": 20, "V": 16, "gate": "raw", "beta_sigmoid": True, "neg_eigval": True,
     },
-    "lower bound": {"T": 35, "K": 20, "V": 16, "gate": None, "lower_bound": -5.0},
+    "lower bound": {"T": 35, "K": 20, "V": 16, "gate": "raw", "lower_bound": -5.0},
     "recurrent": {"T": 3, "K": 20, "V": 40, "B": 2, "H": 1, "HV": 2, "chunk_size": 0},
     "recurrent, v first, packed": {
         "T": 4, "K": 20, "V": 40, "lengths": (0, 3, 0, 1, 0), "chunk_size": 0,
@@ -85,12 +86,13 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("chunk", [32, 64])
 @pytest.mark.parametrize("case", CASES)
-def test_kernels_agree_with_eager(case):
-    arguments = dict(CASES[case])
-    if arguments.get("gate", "") is None:
-        arguments["gate"] = True
-    agree(*operands(**arguments), bound=FP32)
+def test_kernels_agree_with_eager(case, chunk):
+    from fla.ops.kda import triton as kernels
+
+    with mock.patch.object(kernels, "chunk", lambda *sizes: chunk):
+        agree(*operands(**CASES[case]), bound=FP32)
 
 
 def test_fp16():
@@ -119,12 +121,13 @@ def test_states_before_chunks():
 def test_a_later_token_changes_no_bit_before_it():
     from fla.ops.kda import triton as kernels
 
-    for gate in ("slow", "mixed"):
+    for gate, chunk in (("slow", 32), ("mixed", 64)):
         arguments, _, _ = operands(40, 16, 16, gate=gate)
-        before = kernels.forward(*arguments)[0]
-        for i in range(5):  # of q, k, v, g and beta each
-            arguments[i][:, 21] = -500.0 if i == 3 else 3.0
-        assert torch.equal(kernels.forward(*arguments)[0][:, :21], before[:, :21])
+        with mock.patch.object(kernels, "chunk", lambda *sizes, chunk=chunk: chunk):
+            before = kernels.forward(*arguments)[0]
+            for i in range(5):  # of q, k, v, g and beta each
+                arguments[i][:, 21] = -500.0 if i == 3 else 3.0
+            assert torch.equal(kernels.forward(*arguments)[0][:, :21], before[:, :21])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

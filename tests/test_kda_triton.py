@@ -56,8 +56,8 @@ def test_every_launch_compiles_for_hopper(dtype, K, V):
 
         return launch
 
-    arguments, do, dstate = operands(64, K, V, dtype, gate=True, beta_sigmoid=True)
-    packed, *_ = operands(64, K, V, dtype, lengths=(0, 40, 24), gate=True, state_v_first=True)
+    arguments, do, dstate = operands(64, K, V, dtype, gate="raw", beta_sigmoid=True)
+    packed, *_ = operands(64, K, V, dtype, lengths=(0, 40, 24), gate="raw", state_v_first=True)
     raw = arguments[3], arguments[5], arguments[6], -5.0
     with (
         mock.patch.object(JITFunction, "__getitem__", warmup),

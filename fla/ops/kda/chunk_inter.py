@@ -101,10 +101,10 @@ def advance(
 ):
     """Pass the state through one segment, for BV value channels of one head.
 
-        v' = X β (v − k_in S)        o = q_in S + M v'        S ← decay S + k_outᵀ v'
+        m = v − k_in S    w = m − Y β m    v' = β w    o = q_in S + M v'    S ← decay S + k_outᵀ v'
 
     Reads the chunks' operands and v, writes what it is given of o, the state before each chunk
-    (``states``: in the chunk's slot, or of every EVERY-th chunk in the caller's order), v'
+    (``states``: in the chunk's slot, or of every EVERY-th chunk in the caller's order), w
     (``values``) and the state after the sequence (``final``).
     """
     i_n, i_s, start, length = locate(cu_seqlens, i_segment, rows, T, segment)
@@ -146,13 +146,16 @@ def advance(
                 leave(states, b_s, at, i_hv, states_strides, o_v, o_k, VP, BK, VP, False)
         b_s16 = b_s.to(dtype)  # [BV, BK]
         b_k = tl.load(k_in + place * (C * BK) + o_rows)  # [C, BK]
-        b_v = tl.load(v + ((token + o_c)[None, :] * HV + i_hv) * V + o_v[:, None], m_x, 0)
-        b_v = b_v.to(tl.float32) - tl.dot(b_s16, tl.trans(b_k), input_precision=PRECISION)
-        b_v *= tl.load(betas + place * C + o_c)[None, :]  # [BV, C]
-        b_x = tl.load(solver + place * (C * C) + o_pairs)
-        b_v = tl.dot(b_v.to(dtype), tl.trans(b_x), input_precision=PRECISION).to(dtype)
+        b_m = tl.load(v + ((token + o_c)[None, :] * HV + i_hv) * V + o_v[:, None], m_x, 0)
+        b_m = b_m.to(tl.float32) - tl.dot(b_s16, tl.trans(b_k), input_precision=PRECISION)
+        b_beta = tl.load(betas + place * C + o_c)[None, :]
+        b_y = tl.load(solver + place * (C * C) + o_pairs)
+        b_w = (b_m * b_beta).to(dtype)  # [BV, C]
+        b_w = tl.dot(b_w, tl.trans(b_y), b_m, input_precision=PRECISION)
         if values is not None:
-            tl.store(values + (place * C + o_c)[None, :] * VP + o_v[:, None], b_v)
+            p_w = values + (place * C + o_c)[None, :] * VP + o_v[:, None]
+            tl.store(p_w, b_w.to(dtype))
+        b_v = (b_w * b_beta).to(dtype)
         if o is not None:
             b_q = tl.load(q_in + place * (C * BK) + o_rows)
             b_m = tl.load(queries + place * (C * C) + o_pairs)
@@ -207,7 +210,7 @@ def retreat(
 ):
     """Pass the gradient of the state through one segment from its end, for BV value channels.
 
-        dv' = Mᵀ do + k_out dS        u = Xᵀ dv'        dS ← decay dS + q_inᵀ do − k_inᵀ β u
+        p = Mᵀ do + k_out dS    u = p − Yᵀ β p    dS ← decay dS + q_inᵀ do − k_inᵀ β u
 
     Reads the chunks' operands and do, writes what it is given of the gradient of the state after
     each chunk (``states``), u (``solved``) and the gradient of the initial state (``final``).
@@ -241,13 +244,15 @@ def retreat(
         b_do = b_do.to(dtype)  # [BV, C]
         b_k = tl.load(k_out + place * (C * BK) + o_rows)  # [C, BK]
         b_m = tl.load(queries + place * (C * C) + o_pairs)
-        b_u = tl.dot(b_s.to(dtype), tl.trans(b_k), input_precision=PRECISION)
-        b_u = tl.dot(b_do, b_m, b_u, input_precision=PRECISION)
-        b_x = tl.load(solver + place * (C * C) + o_pairs)
-        b_u = tl.dot(b_u.to(dtype), b_x, input_precision=PRECISION)  # [BV, C]
+        b_p = tl.dot(b_s.to(dtype), tl.trans(b_k), input_precision=PRECISION)
+        b_p = tl.dot(b_do, b_m, b_p, input_precision=PRECISION)
+        b_beta = tl.load(betas + place * C + o_c)[None, :]
+        b_y = tl.load(solver + place * (C * C) + o_pairs)
+        b_u = (b_p * b_beta).to(dtype)  # [BV, C]
+        b_u = tl.dot(b_u, b_y, b_p, input_precision=PRECISION)
         if solved is not None:
             tl.store(solved + (place * C + o_c)[None, :] * VP + o_v[:, None], b_u.to(dtype))
-        b_u *= -tl.load(betas + place * C + o_c)[None, :]
+        b_u *= -b_beta
         b_s *= tl.load(decay + place * BK + o_k)[None, :]
         b_q = tl.load(q_in + place * (C * BK) + o_rows)
         b_s = tl.dot(b_do, b_q, b_s, input_precision=PRECISION)

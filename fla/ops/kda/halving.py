@@ -1,16 +1,28 @@
-"""Sums of log-decays over segments, and pairs of tokens by halving: helpers that stages share.
+"""What the kernels of a chunk share: tiles on their side, sums of log-decays, pairs by halving.
+
+Tiles are channels by tokens, [BLOCK, TILE]: a sum over tokens is a product with a small matrix from
+the right, what a thread holds enters the next product as it is, and a chunk of 64 goes through
+registers in blocks of 16.
 
 In every block of 2s tokens, s = 1, 2, 4, …, the queries of the second half meet the keys of the
-first: each pair j < i of a chunk has exactly one s = 2^level.  The decay between them goes over the
-boundary between the halves and is a product of two, one for the query and one for the key.  Each
-exponent is a sum of its own segment of log-decays; none is a difference of sums, so −1e4 disturbs
-neither −0.05 beside it nor its gradient, and where gates forget both factors are at most 1.
+first: each pair j < i has exactly one s = 2^level.  The decay between them goes over the boundary
+between the halves and is a product of two, one for the query and one for the key.  Each exponent is
+a sum of its own segment of log-decays; none is a difference of sums, so −1e4 disturbs neither −0.05
+beside it nor its gradient, and where gates forget both factors are at most 1.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from fla.ops.kda.activations import log_decay
+
+# Tokens of a tile.
+TILE = tl.constexpr(16)
+# A decay of 2^-116 from the start of a block of 16 leaves its inverse, times a key, within fp32;
+# 16 gates of −5 fit.
+ROOM = tl.constexpr(116.0)
 
 
 @triton.jit
@@ -62,21 +74,52 @@ def rounded(b_x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def sums(b_mask, b_x):
-    """mask @ x in fp32: sums of rows of x [C, K], each over its own set of rows.
+def sums(b_x, b_mask, DTYPE: tl.constexpr, PARTS: tl.constexpr = 2):
+    """x [BLOCK, TILE], in fp32, summed over the tokens that are set in each row of the mask.
 
-    Products with 0 and 1 are exact; x goes in as two 16-bit parts, or as three of tf32.
+    Products with 0 and 1 are exact; x goes in as one or two 16-bit parts, or as three of tf32.
     """
-    if b_mask.dtype == tl.bfloat16:
+    b_mask = tl.trans(tl.where(b_mask, 1.0, 0.0).to(DTYPE))
+    if DTYPE == tl.bfloat16:
         b_high = rounded(b_x, tl.bfloat16)
-        b_low = (b_x - b_high).to(tl.bfloat16)
-        b_sums = tl.dot(b_mask, b_low, tl.dot(b_mask, b_high.to(tl.bfloat16)))
+        b_sums = tl.dot(b_high.to(tl.bfloat16), b_mask)
+        if PARTS == 2:
+            b_sums = tl.dot((b_x - b_high).to(tl.bfloat16), b_mask, b_sums)
     else:
-        b_sums = tl.dot(b_mask, b_x, input_precision="tf32x3")
+        b_sums = tl.dot(b_x, b_mask, input_precision="tf32x3")
     return b_sums
 
 
 @triton.jit
-def as_operand(mask, DTYPE: tl.constexpr):
-    """A mask as zeros and ones for ``sums``."""
-    return tl.where(mask, 1.0, 0.0).to(DTYPE)
+def copies(value, N: tl.constexpr):
+    """A tuple of N times the same value, to be ``replaced`` one by one."""
+    values = (value,)
+    for _ in tl.static_range(N - 1):
+        values += (value,)  # type: ignore[assignment]
+    return values
+
+
+@triton.jit
+def replaced(values, i: tl.constexpr, value):
+    """A tuple with another i-th element."""
+    return values[:i] + (value,) + values[i + 1 :]  # noqa: RUF005, jit functions know no *
+
+
+@triton.jit
+def load_rate(A_log, i_hv, GATE: tl.constexpr):
+    """The rate of a head's gates."""
+    rate = 1.0
+    if GATE:
+        if A_log is not None:
+            rate = tl.exp(tl.load(A_log + i_hv).to(tl.float32))
+    return rate
+
+
+@triton.jit
+def gates_of(b_raw, rate, dt_bias, lower_bound, o_k, m, i_hv, K, GATE: tl.constexpr):
+    """Gates with their bias, and log-decays in units of log 2, of raw gates on their side."""
+    b_x = b_raw.to(tl.float32)
+    if GATE:
+        if dt_bias is not None:
+            b_x += tl.load(dt_bias + i_hv * K + o_k, o_k < K, 0).to(tl.float32)[:, None]
+    return b_x, tl.where(m, log_decay(b_x, rate, lower_bound, GATE), 0.0)

@@ -1,9 +1,10 @@
 """Kimi Delta Attention in Triton, the same calls as ``eager``.
 
-Forward: what each chunk is to the state and its tokens to one another (``chunk_intra``), then the
-scan over chunks with the output fused into it (``chunk_inter``).  Backward: the chunks' operands
-again, the scan of the states and that of their gradients in one grid, then everything else of a
-chunk in one kernel.  Nothing is saved in between but the inputs.
+Forward: what each chunk is to the state and its tokens to one another (``chunk_intra``), its
+triangular system (``wy_fast``), then the scan over chunks with the output fused into it
+(``chunk_inter``).  Backward: the chunks' operands again, the scan of the states and that of their
+gradients in one grid, the products over value channels, and what they mean for q, k and the gates
+(``chunk_gradients``).  Nothing is saved in between but the inputs.
 """
 
 from __future__ import annotations
@@ -16,30 +17,41 @@ from torch import Tensor
 
 from fla.ops.common.boundary import absent
 from fla.ops.kda import recurrent
+from fla.ops.kda.chunk_gradients import gradients_kernel, through_states_kernel, unit_kernel
 from fla.ops.kda.chunk_inter import advance_kernel, join_kernel, scans_kernel
-from fla.ops.kda.chunk_intra import finish_kernel, gradients_kernel, intra_kernel
+from fla.ops.kda.chunk_intra import intra_kernel
 from fla.ops.kda.slots import rows_and_slots
+from fla.ops.kda.wy_fast import adjoint_kernel, solve_kernel
 
 
 class Launch(NamedTuple):
-    """Channels in a block (of keys in a chunk's kernels, of values in a scan), and warps."""
+    """Channels in a block, warps, and how many blocks are in flight."""
 
     block: int
     warps: int
+    stages: int = 1
 
 
-# Tokens of a chunk, whatever the caller says: its tiles of 32 rows fit into registers, those of 64
-# do not, and what spills costs more than the longer scan.
-CHUNK = 32
-# Tiles [32, 32], 16 rows a warp: the widest that hardly spill.
+# Tiles [32, 16] of two warps: products of warps, whose operands need no barrier of a warpgroup, in
+# a loop over channels short enough for the instruction cache.
 INTRA = Launch(32, 2)
-GRADIENTS = Launch(32, 2)
 # Sᵀ [64, BK] is one warpgroup's accumulator; with V split in two, 64 heads fill the chip.
 SCAN = Launch(64, 4)
+# Both scans at once fill it with V whole: two warpgroups, and operands are read once.
+SCANS = Launch(128, 8, 2)
+# The next block of V is on its way while one is multiplied.
+THROUGH = Launch(64, 4, 2)
+# Tiles [64, 16], one warpgroup's rows.
+GRADIENTS = Launch(64, 4)
 # Programs that fill the chip, one on each of an H200's 132 multiprocessors.
 FILLS_CHIP = 132
 # Chunks below which a segment's summary costs more than it saves.
 SHORTEST_SEGMENT = 16
+
+
+def chunk(BK: int, dtype: torch.dtype) -> int:
+    """Tokens of a chunk, whatever the caller says: 64 where a scan's operands fit on the chip."""
+    return 64 if BK * dtype.itemsize <= 256 else 32
 
 
 def pipeline(BK: int, dtype: torch.dtype) -> int:
@@ -76,9 +88,9 @@ def backward(do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seq
         gradients = call.no_gradients()
     else:
         do = do.contiguous()
-        call.intra(keys=True)
-        scans = call.scans(do, initial_state, dstate, dinitial)
-        gradients = call.gradients(do, *scans)
+        call.intra()
+        call.scans(do, initial_state, dstate, dinitial)
+        gradients = call.gradients(do)
     return *gradients, absent(q) if dinitial is None else dinitial
 
 
@@ -108,7 +120,7 @@ class _Call:
         self.dtype = torch.float32 if exact else torch.bfloat16
         self.BK = max(triton.next_power_of_2(self.K), 64)
         self.stages = pipeline(self.BK, self.dtype)
-        self.C = CHUNK
+        self.C = chunk(self.BK, self.dtype)
         self.rows, self.slots = rows_and_slots(self.B, self.T, cu_seqlens, self.C)
         self.common = {
             "C": self.C,
@@ -118,11 +130,6 @@ class _Call:
         self.beta_flags = {
             "BETA_SIGMOID": options.beta_sigmoid,
             "BETA_RANGE": 2 if options.neg_eigval else 1,
-        }
-        self.activations = {
-            "QK_L2NORM": options.qk_l2norm,
-            "GATE": options.gate,
-            **self.beta_flags,
         }
         self.lower_bound = options.lower_bound if options.gate else None
 
@@ -147,27 +154,27 @@ class _Call:
         n, h, first, second = state.stride()
         return (n, h, first, second) if self.options.state_v_first else (n, h, second, first)
 
-    def intra(self, keys: bool = False) -> None:
+    def intra(self) -> None:
         C, BK = self.C, self.BK
         self.q_in, self.k_in, self.k_out = (self.workspace(C, BK) for _ in range(3))
         self.decay = self.workspace(BK, dtype=torch.float32)
         self.betas = self.workspace(C, dtype=torch.float32)
         self.queries, self.solver = (self.workspace(C, C) for _ in range(2))
-        self.keys = self.workspace(C, C) if keys else None
-        self.factors = self.workspace(2, C, dtype=torch.float32) if keys else None
+        self.factors = self.workspace(2, C, dtype=torch.float32)
         intra_kernel[(self.slots * self.HV,)](
-            self.q, self.k, self.g, self.beta, self.A_log, self.dt_bias, self.cu_seqlens,
-            self.q_in, self.k_in, self.k_out, self.decay, self.betas, self.factors,
-            self.keys, self.queries, self.solver,
+            self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens,
+            self.q_in, self.k_in, self.k_out, self.decay, self.factors, self.queries, self.solver,
             self.options.scale, self.lower_bound,
             self.T, self.rows, self.H, self.HV, self.K,
-            **self.common, **self.activations, LEVELS=C.bit_length() - 1,
-            BLOCK=min(BK, INTRA.block), num_warps=INTRA.warps, num_stages=1,
+            **self.common, BLOCK=INTRA.block,
+            QK_L2NORM=self.options.qk_l2norm, GATE=self.options.gate,
+            num_warps=INTRA.warps, num_stages=INTRA.stages,
         )  # fmt: skip
-
-    def _columns(self) -> tuple[int, int]:
-        """Value channels of a program, and all of them padded."""
-        return SCAN.block, triton.cdiv(self.V, SCAN.block) * SCAN.block
+        solve_kernel[(self.slots * self.HV,)](
+            self.beta, self.cu_seqlens, self.solver, self.betas, self.T, self.rows, self.HV,
+            C=C, LEVELS=C.bit_length() - 1, **self.beta_flags,
+            PRECISION=self.common["PRECISION"], num_warps=C // 16, num_stages=1,
+        )  # fmt: skip
 
     def _segment(self, programs: int) -> int:
         """Tokens of a segment, where ``programs`` would run without segments.
@@ -200,7 +207,7 @@ class _Call:
         )  # fmt: skip
 
     def advance(self, o, state, final, h) -> None:
-        BV, VP = self._columns()
+        BV, VP = SCAN.block, triton.cdiv(self.V, 64) * 64
         segment = self._segment(self.N * self.HV * (VP // BV))
         _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
         strides, nowhere = self.strides(state), (0, 0, 0, 0)
@@ -221,22 +228,24 @@ class _Call:
             state, strides = summaries, inner
         run(state, strides, o, h, final, self.strides(final), VP)
 
-    def scans(self, do, state, dstate, dinitial):
-        BV, VP = self._columns()
+    def scans(self, do, state, dstate, dinitial) -> None:
+        VP = triton.cdiv(self.V, 64) * 64
+        whole = self.C == 64 and self.BK == VP == SCANS.block
+        BV, warps, stages = SCANS if whole else SCAN._replace(stages=self.stages)
         segment = self._segment(2 * self.N * self.HV * (VP // BV))
         _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
-        values, solved = (self.workspace(self.C, VP) for _ in range(2))
-        states, dstates = (self.workspace(VP, self.BK) for _ in range(2))
+        self.values, self.solved = (self.workspace(self.C, VP) for _ in range(2))
+        self.states, self.dstates = (self.workspace(VP, self.BK) for _ in range(2))
         tile, nowhere = (self.HV * VP * self.BK, VP * self.BK, self.BK, 1), (0, 0, 0, 0)
 
         def run(forward, strides, backward, dstrides, columns):
-            """``forward`` is the state, the states to write, v' and the last state, and so on."""
+            """``forward`` is the state, the states to write, w and the last state, and so on."""
             scans_kernel[(2 * segments * self.HV * (columns // BV),)](
                 self.v, do, *self._operands(),
                 forward[0], strides[0], forward[1], tile, *forward[2:], strides[1],
                 backward[0], dstrides[0], *backward[1:], dstrides[1],
                 *self._sizes(segment), **self.common, BV=BV, VP=VP, COLUMNS=columns,
-                SUMMARISE=columns > VP, num_warps=SCAN.warps, num_stages=self.stages,
+                SUMMARISE=columns > VP, num_warps=warps, num_stages=stages,
             )  # fmt: skip
 
         strides, dstrides = self.strides(state), self.strides(dstate)
@@ -247,38 +256,51 @@ class _Call:
             self._join(ahead, VP, state, segment, reverse=False)
             self._join(back, VP, dstate, segment, reverse=True)
             state, strides, dstate, dstrides = ahead, inner, back, inner
-        ahead = (state, states, values, None), (strides, nowhere)
-        back = (dstate, dstates, solved, dinitial), (dstrides, self.strides(dinitial))
-        run(*ahead, *back, VP)
-        return values, solved, states, dstates
+        run(
+            (state, self.states, self.values, None), (strides, nowhere),
+            (dstate, self.dstates, self.solved, dinitial), (dstrides, self.strides(dinitial)), VP,
+        )  # fmt: skip
 
-    def gradients(self, do, values, solved, states, dstates):
-        VP, BLOCK, GROUP = values.shape[-1], min(self.BK, GRADIENTS.block), self.HV // self.H
-        blocks = self.BK // BLOCK
-        dq, dk, dv, dg, dbeta = (
-            torch.empty_like(x) for x in (self.q, self.k, self.v, self.g, self.beta)
-        )
-        along = self.decay.new_empty(self.slots, self.H, blocks, 2, self.C)
-        dbetas = self.decay.new_empty(self.slots, self.HV, blocks, self.C)
+    def gradients(self, do):
+        """Gradients take the place of the operands that the scans have used."""
+        C, VP, PRECISION = self.C, self.values.shape[-1], self.common["PRECISION"]
+        dv, dg, dbeta = (torch.empty_like(x) for x in (self.v, self.g, self.beta))
+        dq_in, dk_in, dk_out, dqueries, dkeys = (
+            self.q_in, self.k_in, self.k_out, self.queries, self.solver
+        )  # fmt: skip
+        own, through = torch.empty_like(self.betas), torch.empty_like(self.decay)
+        adjoint_kernel[(self.slots * self.HV,)](
+            do, self.beta, self.cu_seqlens, self.betas, self.values, self.solved,
+            dv, dbeta, dqueries, dkeys, own, self.T, self.rows, self.HV, self.V,
+            C=C, VP=VP, BV=C, **self.beta_flags, PRECISION=PRECISION, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        through_states_kernel[(self.slots * self.HV * (self.BK // THROUGH.block),)](
+            do, self.cu_seqlens, self.betas, self.values, self.solved, self.states, self.dstates,
+            dq_in, dk_in, dk_out, through, self.T, self.rows, self.HV, self.V,
+            **self.common, BLOCK=THROUGH.block, VP=VP, BV=64,
+            num_warps=THROUGH.warps * C // 64, num_stages=THROUGH.stages,
+        )  # fmt: skip
+        del self.values, self.solved, self.states, self.dstates
         dA_log = ddt_bias = None
+        blocks = self.BK // GRADIENTS.block
         if self.A_log is not None:
             dA_log = self.decay.new_empty(self.slots, self.HV, blocks)
         if self.dt_bias is not None:
             ddt_bias = torch.empty_like(self.decay)
-        gradients_kernel[(self.slots * self.H * blocks,)](
-            self.q, self.k, self.v, self.g, self.beta, self.A_log, self.dt_bias,
-            self.cu_seqlens, do, self.betas, self.factors, self.keys,
-            values, solved, states, dstates, dq, dk, dv, dg, along, dbetas, dA_log, ddt_bias,
+        gradients_kernel[(self.slots * self.HV * blocks,)](
+            self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens, self.factors,
+            dq_in, dk_in, dk_out, through, dqueries, dkeys, own, dg, dA_log, ddt_bias,
             self.options.scale, self.lower_bound,
-            self.T, self.rows, self.H, self.HV, self.K, self.V,
-            **self.common, BLOCK=BLOCK, VP=VP, BV=min(VP, 64), GROUP=GROUP,
-            GATE=self.options.gate, num_warps=GRADIENTS.warps, num_stages=1,
-        )  # fmt: skip
-        finish_kernel[(self.slots * self.H,)](
-            self.q, self.k, self.beta, self.cu_seqlens, self.factors, along, dbetas, dq, dk, dbeta,
             self.T, self.rows, self.H, self.HV, self.K,
-            C=self.C, BK=self.BK, BLOCKS=blocks, GROUP=GROUP, **self.beta_flags,
-            QK_L2NORM=self.options.qk_l2norm, num_warps=4, num_stages=1,
+            **self.common, BLOCK=GRADIENTS.block, GATE=self.options.gate,
+            num_warps=GRADIENTS.warps, num_stages=GRADIENTS.stages,
+        )  # fmt: skip
+        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
+        unit_kernel[(self.slots * self.H,)](
+            self.q, self.k, self.cu_seqlens, self.factors, dq_in, dk_in, dq, dk,
+            self.options.scale, self.T, self.rows, self.H, self.HV, self.K,
+            C=C, BK=self.BK, GROUP=self.HV // self.H, QK_L2NORM=self.options.qk_l2norm,
+            num_warps=4, num_stages=1,
         )  # fmt: skip
         if dA_log is not None:
             dA_log = dA_log.sum((0, 2), dtype=torch.float64)

@@ -1,7 +1,14 @@
-"""The triangular system of a chunk: corrected values v' solve (I + β A) v' = β (v − (D_i0 k_i)ᵀS).
+"""The triangular system of a chunk and its adjoint.
 
-Only the inverse X = (I + β A)⁻¹ is needed; the products U = X β v and W = X β (D_i0 k) of the WY
-form are not, for the state is applied before X is: v' = X β (v − (D_i0 k)S).
+Corrected values v' = β w solve (I + A β) w = v − k_in S.  With the one matrix Y = A (I + β A)⁻¹,
+strictly lower, the system and the adjoint one, of the gradient p of v', are
+
+    w = m − Y β m,  m = v − k_in S          u = p − Yᵀ β p
+
+and nothing is ever divided by β.  The products U and W of the WY form are not needed, for the
+state is applied before Y is.  The gradients are outer products over tokens:
+
+    dv = β u    dβ_i = u_i·w_i    dM_ij = do_i·w_j β_j    dA_ij = −β_i u_i·w_j β_j
 """
 
 from __future__ import annotations
@@ -9,27 +16,123 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fla.ops.kda.activations import beta_backward, beta_of
 from fla.ops.kda.halving import level_mask
+from fla.ops.kda.slots import locate
 
 
-@triton.jit
-def unit_lower_inverse(
-    b_l, C: tl.constexpr, LEVELS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr
-):
-    """(I + L)⁻¹ for L [C, C], strictly lower, in fp32; operands of products in DTYPE.
+@triton.jit(do_not_specialize=["T", "rows"])
+def solve_kernel(
+    beta, cu_seqlens, keys, betas, T, rows, HV,
+    C: tl.constexpr, LEVELS: tl.constexpr, BETA_SIGMOID: tl.constexpr, BETA_RANGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """−Y [C, C] in place of A (``keys``, below the diagonal), and activated betas [C], of a chunk.
 
-    The inverse X of the blocks of s on the diagonal grows to those of 2s: with L_s the pairs whose
-    row lies in the second half and whose column in the first half of such a block,
+    The inverse X of the blocks of s on the diagonal of I + β A grows to those of 2s: with L_s the
+    pairs of β A whose row lies in the second half and whose column in the first half of such a
+    block,
 
         X ← X − X L_s X
 
     which is X − L_1 for s = 1.
     """
+    i_slot = tl.program_id(0) // HV
+    i_hv = tl.program_id(0) % HV
+    i_n, i_c, start, length = locate(cu_seqlens, i_slot, rows, T, C)
+    if cu_seqlens is not None:
+        length = tl.where(i_n == rows - 1, 0, length)
+    if i_c * C >= length:
+        return
+    dtype: tl.constexpr = keys.dtype.element_ty
     o_c = tl.arange(0, C)
-    b_x = tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0)  # [C, C]
-    b_x -= tl.where(level_mask(0, C), b_l, 0.0)
-    for level in range(1, LEVELS):
-        b_pairs = tl.where(level_mask(level, C), b_l, 0.0)
-        b_y = tl.dot(b_pairs.to(DTYPE), b_x.to(DTYPE), input_precision=PRECISION)
-        b_x -= tl.dot(b_x.to(DTYPE), b_y.to(DTYPE), input_precision=PRECISION)
-    return b_x
+    m_t = i_c * C + o_c < length
+    place = (i_slot.to(tl.int64) * HV + i_hv) * C + o_c
+    b_beta = tl.load(beta + (start + i_c * C + o_c) * HV + i_hv, m_t, 0).to(tl.float32)
+    b_beta = tl.where(m_t, beta_of(b_beta, BETA_SIGMOID, BETA_RANGE), 0.0)
+    tl.store(betas + place, b_beta)
+    p_keys = keys + place[:, None] * C + o_c[None, :]
+    b_a = tl.load(p_keys, o_c[None, :] < o_c[:, None], 0)  # [C, C]
+    b_l = (b_a.to(tl.float32) * -b_beta[:, None]).to(dtype)  # −L
+    b_x = tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0)
+    b_x += tl.where(level_mask(0, C), b_l, 0.0).to(tl.float32)
+    for level in tl.static_range(1, LEVELS):
+        b_pairs = tl.where(level_mask(level, C), b_l, 0.0).to(dtype)
+        b_x16 = b_x.to(dtype)
+        b_y = tl.dot(b_pairs, b_x16, input_precision=PRECISION).to(dtype)
+        b_x = tl.dot(b_x16, b_y, b_x, input_precision=PRECISION)
+    b_y = tl.dot(b_a, b_x.to(dtype), input_precision=PRECISION)
+    tl.store(p_keys, (-b_y).to(dtype))
+
+
+@triton.jit
+def zero_rows(p, m_t, width, BLOCK: tl.constexpr):
+    """Zero ``width`` elements of each row at ``p`` that is there."""
+    for at in range(0, width, BLOCK):
+        o_x = at + tl.arange(0, BLOCK)
+        b_zero = tl.zeros([m_t.shape[0], BLOCK], p.dtype.element_ty)
+        tl.store(p[:, None] + o_x[None, :], b_zero, m_t[:, None] & (o_x < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "rows"])
+def adjoint_kernel(
+    do, beta, cu_seqlens, betas, values, solved, dv, dbeta, dqueries, dkeys, own,
+    T, rows, HV, V,
+    C: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr,
+    BETA_SIGMOID: tl.constexpr, BETA_RANGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of v and β, and of the pairs of one chunk and value head (see the module).
+
+    Reads do, and of the scans w (``values``) and u (``solved``) [C, VP].  Writes dv, dβ, and dM and
+    dA as symmetric matrices [C, C] with zero diagonals, that of dM aside as ``own`` [C].
+    """
+    i_slot = tl.program_id(0) // HV
+    i_hv = tl.program_id(0) % HV
+    i_n, i_c, start, length = locate(cu_seqlens, i_slot, rows, T, C)
+    if i_c * C >= length:
+        return
+    dtype: tl.constexpr = dkeys.dtype.element_ty
+    o_c = tl.arange(0, C)
+    m_t = i_c * C + o_c < length
+    token = start + i_c * C + o_c
+    if cu_seqlens is not None and i_n == rows - 1:  # padding has no gradient
+        zero_rows(dv + (token * HV + i_hv) * V, m_t, V, BV)
+        tl.store(dbeta + token * HV + i_hv, tl.zeros([C], dbeta.dtype.element_ty), m_t)
+        return
+
+    place = (i_slot.to(tl.int64) * HV + i_hv) * C + o_c
+    b_beta = tl.load(betas + place)
+    b_dbeta = tl.zeros([C], tl.float32)
+    b_own = tl.zeros([C], tl.float32)
+    b_ow = tl.zeros([C, C], tl.float32)
+    b_wo = tl.zeros([C, C], tl.float32)
+    b_uw = tl.zeros([C, C], tl.float32)
+    b_wu = tl.zeros([C, C], tl.float32)
+    for i_v in range(VP // BV):
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = m_t[:, None] & (o_v < V)[None, :]
+        o_tokens = (token[:, None] * HV + i_hv) * V + o_v[None, :]
+        o_padded = place[:, None] * VP + o_v[None, :]
+        b_do = tl.load(do + o_tokens, m_v, 0).to(dtype)  # [C, BV]
+        b_w = tl.load(values + o_padded)
+        b_u = tl.load(solved + o_padded)
+        b_ow = tl.dot(b_do, tl.trans(b_w), b_ow, input_precision=PRECISION)
+        b_wo = tl.dot(b_w, tl.trans(b_do), b_wo, input_precision=PRECISION)
+        b_uw = tl.dot(b_u, tl.trans(b_w), b_uw, input_precision=PRECISION)
+        b_wu = tl.dot(b_w, tl.trans(b_u), b_wu, input_precision=PRECISION)
+        b_own += tl.sum(b_do.to(tl.float32) * b_w.to(tl.float32), 1)
+        b_dbeta += tl.sum(b_u.to(tl.float32) * b_w.to(tl.float32), 1)
+        b_dv = b_u.to(tl.float32) * b_beta[:, None]
+        tl.store(dv + o_tokens, b_dv.to(dv.dtype.element_ty), m_v)
+
+    tl.store(own + place, b_own * b_beta)
+    b_raw = tl.load(beta + token * HV + i_hv, m_t, 0).to(tl.float32)
+    b_dbeta = beta_backward(b_raw, b_dbeta, BETA_SIGMOID, BETA_RANGE)
+    tl.store(dbeta + token * HV + i_hv, b_dbeta.to(dbeta.dtype.element_ty), m_t)
+    m_lower = o_c[None, :] < o_c[:, None]
+    m_own = o_c[None, :] == o_c[:, None]
+    o_pairs = place[:, None] * C + o_c[None, :]
+    b_pairs = tl.where(m_lower, b_ow * b_beta[None, :], b_wo * b_beta[:, None])
+    tl.store(dqueries + o_pairs, tl.where(m_own, 0.0, b_pairs).to(dtype))
+    b_pairs = tl.where(m_lower, b_uw, b_wu) * b_beta[:, None] * -b_beta[None, :]
+    tl.store(dkeys + o_pairs, tl.where(m_own, 0.0, b_pairs).to(dtype))
