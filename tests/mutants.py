@@ -42,12 +42,12 @@ MODULE_TESTS = ("test_modules.py",)
 LAYER_TESTS = ("test_layer_calls.py",)
 
 MUTANTS = [
-    Mutant("scale dropped", LINEAR, "b_v, options.scale)", "b_v, 1.0)"),
+    Mutant("scale dropped", LINEAR, "beta=scale, alpha=scale", "beta=1.0, alpha=1.0"),
     Mutant(
         "gate shifted by a token",
         LINEAR,
-        "return self.chunks.take(self.g, start, stop, self.dtype)",
-        "return self.chunks.take(self.g, start, stop, self.dtype).roll(1, -1)",
+        "self.chunks.take(g, 0, slots, self.dtype)",
+        "self.chunks.take(g, 0, slots, self.dtype).roll(1, -1)",
     ),
     Mutant(
         "final state's gradient ignored",
@@ -73,7 +73,7 @@ MUTANTS = [
         "packed[..., self.V] = z.squeeze(1)",
         "packed[..., self.V] = 0",
     ),
-    Mutant("a query does not see its own key", LINEAR, ").tril_()", ").tril_(-1)"),
+    Mutant("a query does not see its own key", LINEAR, "x.tril_()", "x.tril_(-1)"),
     Mutant(
         "state crosses into the next sequence",
         SEQUENCES,
@@ -95,14 +95,14 @@ MUTANTS = [
     Mutant(
         "growth applied at once",
         LINEAR,
-        "x.mul_(self._pairs).mul_(self._pairs)",
-        "x.mul_(self._pairs.square())",
+        "self.halves = 2 if grows else 1",
+        "self.halves = 1",
         ("test_linear_engine.py",),
     ),
     Mutant(
         "running sums differenced",
         LINEAR,
-        "return (g[..., None] * later).cumsum(-2)",
+        "return (g[..., None] * later).cumsum_(-2)",
         "return (g.cumsum(-1)[..., None] - g.cumsum(-1)[..., None, :]) * later",
         ("test_linear_engine.py",),
     ),

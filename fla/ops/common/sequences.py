@@ -137,7 +137,11 @@ class Chunks:
             buffer[0].index_copy_(0, where, values.flatten(0, 2).to(buffer.dtype))
             return
         window = self._window(buffer, start, stop)
-        values = values.transpose(0, 1).flatten(1, 2)[:, : window.shape[1]]  # [B, tokens, H, ...]
+        values = values.transpose(0, 1)  # [B, slots, C, H, ...]
+        if not self.reverse and window.shape[1] == (stop - start) * self.size:
+            window.unflatten(1, (stop - start, self.size)).copy_(values)
+            return
+        values = values.flatten(1, 2)[:, : window.shape[1]]  # [B, tokens, H, ...]
         window.copy_(values.flip(1) if self.reverse else values)
 
     def _window(self, x: Tensor, start: int, stop: int) -> Tensor:

@@ -7,6 +7,8 @@ keys, and the output's is scale q·z.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,11 @@ _LARGEST_CHUNK, _LARGEST_CHUNK_OF_SMALL_STATES, _SMALL_STATE = 64, 32, 64 * 64
 # Elements of one operand in a run of chunks: small enough for a core's cache, large enough that
 # PyTorch's overhead a call does not show.
 _RUN = 1 << 17
-# exp(x) is finite in fp32 up to here
-_LARGEST_EXPONENT = 88.0
+# exp2(x) is finite in fp32 up to here
+_LARGEST_EXPONENT = 127.0
+_LOG2_E = math.log2(math.e)
+
+_Run = tuple[int, int]  # slots [start, stop)
 
 
 def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options):
@@ -31,16 +36,15 @@ def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options):
     o = walk.chunks.buffer(v, *v.shape[2:])
     norm = walk.chunks.buffer(v, q.shape[2], dtype=walk.dtype) if options.normalize else None
     carry = Carry(walk.chunks, walk.pack_state(initial_state, initial_z))
-    for start, stop in walk.runs():
-        b_q, b_k, b_v, decay = walk.load(start, stop)
-        before = walk.states(carry, start, stop, b_k, b_v, decay)
-        b_o = decay.into(decay.into(b_q) @ before)
-        b_o = _add_product(b_o, decay.pairs(b_q @ b_k.mT), b_v, options.scale)
+    runs = walk.runs()
+    states = walk.states(runs)
+    for run in runs:
+        b_o = _output(walk, run, carry, states)
         if norm is not None:
             b_norm = b_o[..., V] + NORMALIZER_EPS
-            walk.chunks.put(norm, start, stop, b_norm)
+            walk.put(norm, run, b_norm)
             b_o = b_o[..., :V] / b_norm[..., None]
-        walk.chunks.put(o, start, stop, b_o)
+        walk.put(o, run, b_o)
     state, z = walk.unpack_state(carry.result) if options.output_final_state else (None, None)
     return (
         walk.chunks.tokens(o),
@@ -48,6 +52,19 @@ def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options):
         absent(q) if z is None else z,
         absent(q) if norm is None else walk.chunks.tokens(norm),
     )
+
+
+def _output(walk: _Walk, run: _Run, carry: Carry, states: Tensor) -> Tensor:
+    """scale (q S + A v) of a run's chunks, A = q kᵀ with its decays: [chunks, C, V].
+
+    A function of its own: blocks of the run before would take the cache from this one's.
+    """
+    b_q, b_k, b_v, decay = walk.load(run)
+    before = walk.enter(carry, run, b_k, b_v, decay, states)
+    b_o = decay.rest.into(torch.bmm(decay.into(b_q), before))
+    attention = decay.pairs(torch.bmm(b_q, b_k.mT))
+    scale = walk.options.scale
+    return b_o.baddbmm_(attention, b_v, beta=scale, alpha=scale)
 
 
 def backward(
@@ -62,36 +79,37 @@ def backward(
     """
     walk = _Walk(q, k, v, g, g_gamma, cu_seqlens, options)
     chunks = walk.chunks
-    state0 = walk.pack_state(initial_state, initial_z)
-    carry, before = Carry(chunks, state0), []
-    for start, stop in walk.runs():
-        _, b_k, b_v, decay = walk.load(start, stop)
-        before.append(walk.states(carry, start, stop, b_k, b_v, decay))
+    runs = walk.runs()
+    carry, before = Carry(chunks, walk.pack_state(initial_state, initial_z)), []
+    for run in runs:
+        _, b_k, b_v, decay = walk.load(run)
+        before.append(walk.enter(carry, run, b_k, b_v, decay, walk.states([run])))
 
     dq, dk, dv = (chunks.buffer(x, *x.shape[2:]) for x in (q, k, v))
     dg = None if g is None else chunks.buffer(g, g.shape[2])
     carry = Carry(chunks, walk.pack_state(dstate, dz), backward=True)
-    for start, stop in reversed(walk.runs()):
-        b_q, b_k, b_v, decay = walk.load(start, stop)
-        b_do = walk.load_gradient(start, stop, do, o, norm)
-        after = walk.state_gradients(carry, start, stop, b_q, b_do, decay)
+    states = walk.states(runs)
+    for run in reversed(runs):
+        b_q, b_k, b_v, decay = walk.load(run)
+        b_do = walk.load_gradient(run, do, o, norm)
+        after = walk.enter_backward(carry, run, b_q, b_do, decay, states)
         state = before.pop()
 
-        attention = decay.pairs(b_q @ b_k.mT)
-        dattention = decay.pairs(b_do @ b_v.mT)
-        dk_out = decay.out(decay.out(b_v) @ after.mT)
-        b_dq = dattention @ b_k + decay.into(decay.into(b_do) @ state.mT)
-        b_dk = dattention.mT @ b_q + dk_out
-        b_dv = attention.mT @ b_do + decay.out(decay.out(b_k) @ after)
-        chunks.put(dq, start, stop, b_dq)
-        chunks.put(dk, start, stop, b_dk)
-        chunks.put(dv, start, stop, b_dv[..., : v.shape[-1]])
+        attention = decay.pairs(torch.bmm(b_q, b_k.mT))
+        dattention = decay.pairs(torch.bmm(b_do, b_v.mT))
+        dk_out = decay.rest.out(torch.bmm(decay.out(b_v), after.mT))
+        b_dq = decay.rest.into(torch.bmm(decay.into(b_do), state.mT)).baddbmm_(dattention, b_k)
+        b_dk = torch.baddbmm(dk_out, dattention.mT, b_q)
+        b_dv = decay.rest.out(torch.bmm(decay.out(b_k), after)).baddbmm_(attention.mT, b_do)
+        walk.put(dq, run, b_dq)
+        walk.put(dk, run, b_dk)
+        walk.put(dv, run, b_dv[..., : v.shape[-1]])
         if dg is not None:
-            passing = (decay.total(state) * decay.total(after)).sum((-2, -1))
+            passing = (decay.total(state) * decay.rest.total(after)).sum((-2, -1))
             passing += (b_k * dk_out).sum((-2, -1))
-            per_token = (b_q * b_dq - b_k * b_dk).sum(-1)  # [slots, lanes, H, C]
+            per_token = (b_q * b_dq - b_k * b_dk).sum(-1)  # [chunks, C]
             b_dg = per_token.flip(-1).cumsum(-1).flip(-1) + passing[..., None]
-            chunks.put(dg, start, stop, b_dg)
+            walk.put(dg, run, b_dg)
     dstate0, dz0 = walk.unpack_state(carry.result)
     return (
         chunks.tokens(dq),
@@ -110,7 +128,7 @@ def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float) -> Tenso
     out = q.new_zeros(B, H, T, T)
     k = k.transpose(1, 2).to(dtype)
     if g is not None:
-        g = _half(g.transpose(1, 2).to(dtype))
+        g = _log2(g.transpose(1, 2).to(dtype), halves=2)
         since = g.new_zeros(B, H, 0)  # decay from each earlier key to the block of rows
     for start in range(0, T, _LARGEST_CHUNK):
         stop = min(start + _LARGEST_CHUNK, T)
@@ -119,7 +137,7 @@ def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float) -> Tenso
         if g is None:
             out[:, :, start:stop, :stop] = pairs.tril_(start)
             continue
-        span = _spans(g[..., start:stop])
+        span = _spans(g[..., start:stop], _later(g, stop - start))
         into = g[..., start:stop].cumsum(-1)
         span = torch.cat([since[..., None, :] + into[..., None], span], -1)
         since = span[..., -1, :].clone()
@@ -128,66 +146,94 @@ def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float) -> Tenso
     return out
 
 
-def _add_product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale (x + a @ b), in one pass over x."""
-    x_, a_, b_ = (each.flatten(0, -3) for each in (x, a, b))
-    return torch.baddbmm(x_, a_, b_, beta=scale, alpha=scale).view(x.shape)
+def _later(like: Tensor, size: int) -> Tensor:
+    """1 where a token (row) comes after a key (column): [C, C]."""
+    return like.new_ones(size, size).tril_(-1)
 
 
-def _spans(g: Tensor) -> Tensor:
+def _spans(g: Tensor, later: Tensor) -> Tensor:
     """g_{j+1} + … + g_i for key j (column) and query i (row), 0 for j ≥ i: [.., C, C].
 
     Every sum runs on its own.  The difference of two sums from the start would lose a near decay
     beside a far larger one.
     """
-    later = g.new_ones(g.shape[-1], g.shape[-1]).tril_(-1)
-    return (g[..., None] * later).cumsum(-2)
+    return (g[..., None] * later).cumsum_(-2)
 
 
-def _half(g: Tensor) -> Tensor:
-    """Half of each log-decay: what is summed, raised by ``_grow`` and then applied twice.
+def _log2(g: Tensor, halves: int) -> Tensor:
+    """To base 2, each log-decay or its half: what is summed, raised by ``exp2`` and then applied.
 
-    A gate may grow.  Half of the exponent stays finite for as long as the product can, so that
-    0 · inf never turns a result that is representable into NaN.  Nor does a decay of −inf.
+    A log-decay of −inf becomes finite, so that 0 times it is no NaN.
     """
-    return (g * 0.5).clamp_(min=torch.finfo(g.dtype).min)
+    return (g * (_LOG2_E / halves)).clamp_(min=torch.finfo(g.dtype).min)
 
 
 def _grow(exponent: Tensor) -> Tensor:
-    return exponent.clamp_(max=_LARGEST_EXPONENT).exp_()
+    return exponent.clamp_(max=_LARGEST_EXPONENT).exp2_()
+
+
+class _Gate:
+    """The log-decays of a call, g [slots, lanes, H, C], and all that is small of the decays.
+
+    A gate that grows is halved, and what is raised from it applied twice.  Half of an exponent
+    stays finite for as long as the product can, so that 0 · inf never turns a result that is
+    representable into NaN.  Whether a gate grows is looked up on the CPU only: elsewhere the
+    answer would have to be waited for.
+    """
+
+    def __init__(self, g: Tensor):
+        grows = not g.is_cpu or bool((g.amax(-1) > 0).any())
+        self.halves = 2 if grows else 1
+        self.later = _later(g, g.shape[-1])
+        log2 = _log2(g, self.halves)
+        into = self.raised(log2.cumsum(-1))[..., None]
+        self.totals = into[..., -1:, :].unbind()  # of each slot [lanes, H, 1, 1]
+        self.heads = g.shape[1] * g.shape[2]
+        self.log2, self.into = log2.flatten(0, 2), into.flatten(0, 2)  # [chunks, C], [.., C, 1]
+
+    def raised(self, exponent: Tensor) -> Tensor:
+        return _grow(exponent) if self.halves == 2 else exponent.exp2_()
 
 
 class _Decay:
-    """The decays of a run of chunks, g [slots, lanes, H, C], and how they apply.
+    """The decays of a run of chunks and how they apply; without a gate there is only the mask.
 
-    Each of them is half of the decay and applied twice; without a gate there is only the mask.
+    What a method leaves to apply, if decays are halved, is left to the same method of ``rest``.
     """
 
-    def __init__(self, g: Tensor | None):
-        self.gated = g is not None
-        if g is not None:
-            g = _half(g)
-            self._pairs = _grow(_spans(g))  # [.., C, C], from key to query
-            self._into = _grow(g.cumsum(-1))[..., None]  # [.., C, 1], from the state before
-            self._out = self._pairs[..., -1, :, None]  # [.., C, 1], to the state after
-            self._total = self._into[..., -1:, :]  # [.., 1, 1], from state to state
+    def __init__(self, gate: _Gate | None, start: int = 0, stop: int = 0):
+        self.halves = 0 if gate is None else gate.halves
+        self.rest = _UNGATED if self.halves == 1 else self
+        if gate is not None:
+            run = slice(start * gate.heads, stop * gate.heads)
+            # [chunks, C, C], from key to query
+            self._pairs = gate.raised(_spans(gate.log2[run], gate.later))
+            self._into = gate.into[run]  # [.., C, 1], from the state before
+            self._out = self._pairs[:, -1, :, None]  # [.., C, 1], to the state after
+            self._total = self._into[:, -1:]  # [.., 1, 1], from state to state
+            self._totals = gate.totals[start:stop]
 
     def pairs(self, x: Tensor) -> Tensor:
-        """Both halves on x [.., C, C], and no key after its query."""
-        return (x.mul_(self._pairs).mul_(self._pairs) if self.gated else x).tril_()
+        """All of it on x [chunks, C, C], in place, and no key after its query."""
+        for _ in range(self.halves):
+            x.mul_(self._pairs)
+        return x.tril_()
 
     def into(self, x: Tensor) -> Tensor:
-        return x * self._into if self.gated else x
+        return x * self._into if self.halves else x
 
     def out(self, x: Tensor) -> Tensor:
-        return x * self._out if self.gated else x
+        return x * self._out if self.halves else x
 
     def total(self, x: Tensor) -> Tensor:
-        return x * self._total if self.gated else x
+        return x * self._total if self.halves else x
 
-    def totals(self) -> tuple[Tensor, ...] | None:
-        """Half of each slot's decay from state to state."""
-        return self._total.unbind() if self.gated else None
+    def totals(self, like: Tensor, slots: int) -> tuple[Tensor, ...]:
+        """Each slot's decay from state to state."""
+        return self._totals if self.halves else (like.new_ones(1),) * slots
+
+
+_UNGATED = _Decay(None)
 
 
 class _Walk:
@@ -195,7 +241,7 @@ class _Walk:
 
     def __init__(self, q, k, v, g, g_gamma, cu_seqlens, options):
         self.dtype = accumulator(q.dtype)
-        self.q, self.k, self.v, self.g, self.g_gamma = q, k, v, g, g_gamma
+        self.q, self.k, self.v = q, k, v
         self.options = options
         sequences = Sequences.of(q, cu_seqlens)
         self.N, (self.K, self.V) = sequences.N, (k.shape[-1], v.shape[-1])
@@ -203,44 +249,53 @@ class _Walk:
         largest = _LARGEST_CHUNK_OF_SMALL_STATES if small else _LARGEST_CHUNK
         size = options.chunk_size or sequences.fitting_chunk(largest)
         self.chunks: Chunks = sequences.chunks(size, options.reverse)
+        if g is None and g_gamma is not None:
+            g = g_gamma.to(self.dtype).expand(q.shape[:3])
+        slots = self.chunks.slots
+        self.gate = None if g is None else _Gate(self.chunks.take(g, 0, slots, self.dtype))
 
-    def runs(self) -> list[tuple[int, int]]:
+    def runs(self) -> list[_Run]:
         H, K, V = self.q.shape[2], self.K, self.V
         return self.chunks.segments(H * max(K, V, self.chunks.size), _RUN)
 
-    def load(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, _Decay]:
-        q, k, v = (self.chunks.take(x, start, stop, self.dtype) for x in (self.q, self.k, self.v))
+    def take(self, x: Tensor, run: _Run) -> Tensor:
+        """Tokens of a run, [chunks, C, ...]: chunks of all its slots, lanes and heads."""
+        return self.chunks.take(x, *run, self.dtype).flatten(0, 2)
+
+    def put(self, buffer: Tensor, run: _Run, values: Tensor) -> None:
+        chunks = (run[1] - run[0], self.chunks.lanes, self.q.shape[2])
+        self.chunks.put(buffer, *run, values.unflatten(0, chunks))
+
+    def load(self, run: _Run) -> tuple[Tensor, Tensor, Tensor, _Decay]:
+        q, k, v = (self.take(x, run) for x in (self.q, self.k, self.v))
         if self.options.normalize:
             v = torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], -1)
-        return q, k, v, _Decay(self._gate(start, stop))
+        return q, k, v, _UNGATED if self.gate is None else _Decay(self.gate, *run)
 
-    def _gate(self, start: int, stop: int) -> Tensor | None:
-        if self.g is not None:
-            return self.chunks.take(self.g, start, stop, self.dtype)
-        if self.g_gamma is not None:
-            g = self.g_gamma.to(self.dtype).expand(self.q.shape[:3])
-            return self.chunks.take(g, start, stop)
-        return None
-
-    def load_gradient(self, start: int, stop: int, do: Tensor, o: Tensor, norm: Tensor) -> Tensor:
+    def load_gradient(self, run: _Run, do: Tensor, o: Tensor, norm: Tensor) -> Tensor:
         """scale · do, and behind the normaliser the gradient of its column too."""
-        b_do = self.chunks.take(do, start, stop, self.dtype)
+        b_do = self.take(do, run)
         if self.options.normalize:
-            b_o = self.chunks.take(o, start, stop, self.dtype)
-            b_norm = self.chunks.take(norm, start, stop)[..., None]
-            b_norm = b_norm.masked_fill_(b_norm == 0, 1)  # tokens that are not there
+            b_o = self.take(o, run)
+            b_norm = self.take(norm, run)[..., None]
+            b_norm = b_norm.masked_fill(b_norm == 0, 1)  # tokens that are not there
             b_do = torch.cat([b_do, -(b_do * b_o).sum(-1, keepdim=True)], -1) / b_norm
         return b_do * self.options.scale
 
-    def states(self, carry: Carry, start: int, stop: int, b_k, b_v, decay: _Decay) -> Tensor:
-        """The state before each chunk of a run, [slots, lanes, H, K, V]."""
-        added = decay.out(b_k).mT @ decay.out(b_v)
-        return _scan(carry, range(start, stop), added, decay)
+    def states(self, runs: list[_Run]) -> Tensor:
+        """Room for the states between the slots of any one of the runs, at either end too."""
+        slots = max((stop - start for start, stop in runs), default=0)
+        shape = (self.chunks.lanes, self.q.shape[2], self.K, self.V + self.options.normalize)
+        return self.q.new_empty(slots + 1, *shape, dtype=self.dtype)
 
-    def state_gradients(self, carry: Carry, start: int, stop: int, b_q, b_do, decay) -> Tensor:
-        """The gradient of the state after each chunk of a run, [slots, lanes, H, K, V]."""
-        added = decay.into(b_q).mT @ decay.into(b_do)
-        return _scan(carry, range(start, stop)[::-1], added, decay)
+    def enter(self, carry: Carry, run: _Run, b_k, b_v, decay: _Decay, states: Tensor) -> Tensor:
+        """The state before each chunk of a run, [chunks, K, V], in the room of ``states``."""
+        return _scan(carry, range(*run), decay.out(b_k).mT, decay.rest.out(b_v), decay, states)
+
+    def enter_backward(self, carry, run: _Run, b_q, b_do, decay: _Decay, states: Tensor) -> Tensor:
+        """The gradient of the state after each chunk of a run, likewise."""
+        slots = range(*run)[::-1]
+        return _scan(carry, slots, decay.into(b_q).mT, decay.rest.into(b_do), decay, states)
 
     def pack_state(self, state: Tensor | None, z: Tensor | None) -> Tensor:
         """A new [N, H, K, V] of a state in the caller's layout, z its last column."""
@@ -256,19 +311,26 @@ class _Walk:
         state = packed[..., : self.V]
         state = state.mT if self.options.state_v_first else state
         z = packed[..., self.V].unsqueeze(1).clone() if self.options.normalize else None
-        return state.contiguous(), z
+        return state.clone(memory_format=torch.contiguous_format), z
 
 
-def _scan(carry: Carry, slots: range, added: Tensor, decay: _Decay) -> Tensor:
-    """S ← total ∘ S + added, slot by slot; returns the S that each slot was entered with."""
-    states, totals = list(added.unbind()), decay.totals()
-    for slot in slots:
-        i = slot - min(slots[0], slots[-1])
-        state = carry.enter(slot)
-        if totals is None:
-            after = states[i] + state
-        else:
-            after = torch.addcmul(states[i], state * totals[i], totals[i])
-        states[i] = state
+def _scan(
+    carry: Carry, slots: range, a: Tensor, b: Tensor, decay: _Decay, states: Tensor
+) -> Tensor:
+    """S ← total ∘ S + a @ b, slot by slot; returns the S that each slot was entered with.
+
+    In place: what a slot adds is written where its result will stand.
+    """
+    each = states[: len(slots) + 1].unbind()
+    entered, left = states[: len(slots)], states[1 : len(slots) + 1]
+    totals = decay.totals(a, len(slots))
+    if slots.step < 0:
+        each, totals, entered, left = each[::-1], totals[::-1], left, entered
+    each[0].copy_(carry.enter(slots[0]))
+    torch.bmm(a, b, out=left.flatten(0, 2))
+    for slot, state, after, total in zip(slots, each, each[1:], totals, strict=False):
+        if slot != slots[0]:
+            state.copy_(carry.enter(slot))  # nothing to do but where a sequence begins
+        after.addcmul_(state * total if decay.halves == 2 else state, total)
         carry.leave(slot, after)
-    return torch.stack(states)
+    return entered.flatten(0, 2)
