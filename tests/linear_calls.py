@@ -49,6 +49,42 @@ _CALLS = (
 )
 
 
+# For the walk on Hopper: operator and variant, lengths, K and V
+_HOPPER_CALLS = (
+    ("chunk_simple_gla", "gate, state"),
+    ("chunk_simple_gla", "gate"),
+    ("chunk_simple_gla", "growth"),
+    ("chunk_simple_gla", "plain"),
+    ("fused_recurrent_simple_gla", "reverse, head gate, v first"),
+    ("chunk_lightning_attn", "state"),
+    ("fused_recurrent_lightning_attn", "reverse"),
+)
+_HOPPER_LENGTHS = ((1,), (63,), (64,), (65,), (1000,), _PACKED, (0, 0, 64, 128, 64))
+_HOPPER_SIZES = ((128, 128), (64, 64), (64, 128), (128, 64), (256, 512))
+
+
+class HopperCase(NamedTuple):
+    name: str
+    variant: str
+    shape: Shape
+    segments: bool
+
+    @property
+    def spec(self) -> OpSpec:
+        return spec_named(self.name)
+
+
+def hopper_cases() -> Iterator[HopperCase]:
+    """Every second pair of a call and a length, with sizes of heads in turn."""
+    for i, lengths in enumerate(_HOPPER_LENGTHS):
+        for j, call in enumerate(_HOPPER_CALLS):
+            if (i + j) % 2 == 0:
+                segments = (i + j) % 4 == 0
+                K, V = _HOPPER_SIZES[(i + 3 * j) % len(_HOPPER_SIZES)]
+                rows = {"B": 1} if segments and len(lengths) == 1 else {}  # segments are of one
+                yield HopperCase(*call, shape_of(lengths, K=K, V=V, **rows), segments)
+
+
 class Launch(NamedTuple):
     """A call on a GPU with ``limit`` KiB of shared memory, that falls into segments or does not."""
 

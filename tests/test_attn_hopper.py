@@ -83,7 +83,7 @@ def reason(dtype=torch.bfloat16, K=128, V=128, capability=(9, 0), version="3.6.0
     with (
         mock.patch.object(device, "capability", lambda _: capability),
         mock.patch.object(device, "triton_version", lambda: version),
-        mock.patch.object(device, "HOPPER_TRITON", ("3.6",)),
+        mock.patch.dict(device.HOPPER_TRITON, {"softmax forward": ("3.6",)}),
     ):
         return dict(ENGINE.explain(Problem(torch.device(kind), dtype, K, V)))["hopper"]
 

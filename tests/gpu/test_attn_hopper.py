@@ -33,7 +33,7 @@ def hopper():
     """Inside, the kernel takes short calls too, whether verified or not; yields its calls."""
     release = (device.triton_version() or "").rsplit(".", 1)[0]
     with (
-        mock.patch.object(device, "HOPPER_TRITON", (release,)),
+        mock.patch.dict(device.HOPPER_TRITON, {"softmax forward": (release,)}),
         mock.patch.object(hopper_forward, "SHORTEST", 1),
         mock.patch.object(
             hopper_forward, "run_forward", wraps=hopper_forward.run_forward

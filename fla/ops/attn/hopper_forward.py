@@ -34,8 +34,6 @@ ROWS = gl.constexpr(64)
 BLOCK = gl.constexpr(128)
 STAGES = gl.constexpr(2)
 
-backward = portable.backward
-
 
 def forward(q, k, v, g, sink_bias, cu_seqlens, options):
     """Return o [B, T, HQ, V] and lse [B, HQ, T]."""

@@ -9,8 +9,12 @@ import torch
 
 MINIMUM_CAPABILITY = (8, 0)
 HOPPER = (9, 0)
-# The Triton releases with which all tests of the kernels for Hopper have passed on a GPU
-HOPPER_TRITON = ("3.6",)
+# The Triton releases with which all tests of a kernel for Hopper have passed on a GPU
+HOPPER_TRITON: dict[str, tuple[str, ...]] = {
+    "softmax forward": ("3.6",),
+    "softmax backward": (),
+    "linear walk": (),
+}
 
 
 @functools.cache
@@ -45,8 +49,14 @@ def lacks_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def lacks_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no kernel for Hopper can take tensors of this device and dtype; None when one can."""
+def verified(kernel: str) -> bool:
+    """Whether this kernel for Hopper is, with the installed Triton."""
+    version = triton_version() or ""
+    return any(version.startswith(f"{release}.") for release in HOPPER_TRITON[kernel])
+
+
+def lacks_hopper(device: torch.device, dtype: torch.dtype, kernel: str) -> str | None:
+    """Why a kernel for Hopper cannot take tensors of this device and dtype; None when it can."""
     reason = lacks_triton(device, dtype)
     if reason is not None:
         return reason
@@ -54,9 +64,8 @@ def lacks_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
         return "made for sm_90 alone"
     if dtype.itemsize != 2:
         return f"takes fp16 and bf16, not {dtype}"
-    version = triton_version() or ""
-    if not any(version.startswith(f"{release}.") for release in HOPPER_TRITON):
-        return f"not verified with Triton {version}"
+    if not verified(kernel):
+        return f"not verified with Triton {triton_version()}"
     return None
 
 

@@ -91,6 +91,35 @@ def new_ring(desc, STAGES: gl.constexpr, READERS: gl.constexpr):
 
 
 @gluon.jit
+def new_barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
+    """A barrier a stage; the i-th use is of stage i % stages, and over after so many arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def wait_for(barriers, i, wanted=True):
+    """Until the i-th use is over; at once where it is not wanted."""
+    stages: gl.constexpr = barriers.shape[0]
+    mbarrier.wait(barriers.index(i % stages), i // stages % 2, pred=wanted)
+
+
+@gluon.jit
+def wait_before(barriers, i):
+    """Until the use before the i-th, of the same stage, is over; at once where there is none."""
+    stages: gl.constexpr = barriers.shape[0]
+    mbarrier.wait(barriers.index(i % stages), i // stages % 2 ^ 1)
+
+
+@gluon.jit
+def arrive(barriers, i):
+    """One thread arrives for its partition, whose warps have to have met."""
+    mbarrier.arrive(barriers.index(i % barriers.shape[0]), count=1)
+
+
+@gluon.jit
 def slot_of(turn):
     """The slot of this program in a round; every other round runs backwards, which evens out."""
     slot = gl.program_id(0)

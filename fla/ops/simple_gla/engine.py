@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
-from fla.ops.common.device import accumulator, lacks_triton
+from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
 
 CHUNK_SIZES = (16, 32, 64, 128)
@@ -32,8 +33,23 @@ class Options:
     output_final_state: bool = False
 
 
+def _lacks_hopper(problem: Problem) -> str | None:
+    reason = lacks_hopper(problem.device, problem.dtype, "linear walk")
+    if reason is not None:
+        return reason
+    if problem.dtype != torch.bfloat16:
+        return f"takes bf16, not {problem.dtype}: intermediate results may leave its range"
+    if problem.K not in (64, 128, 256) or problem.V % 64:
+        return f"takes K of 64, 128 and 256 and V in steps of 64, not {problem.K} and {problem.V}"
+    if problem.options is not None and problem.options.normalize:
+        return "takes no normaliser"
+    return None
+
+
 ENGINE = Engine(
     "linear",
+    # long calls; the rest it hands on
+    Implementation("hopper", "fla.ops.simple_gla.hopper", _lacks_hopper),
     Implementation(
         "triton",
         "fla.ops.simple_gla.triton",

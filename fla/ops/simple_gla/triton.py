@@ -18,7 +18,7 @@ from fla.ops.simple_gla.segments import summarise
 from fla.ops.simple_gla.walk import LINES, walk
 
 
-def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options):
+def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options, walk=walk):
     """Return o [B, T, H, V], the final state and z, and the normaliser [B, T, H]."""
     if not q.numel() or not v.numel():  # nothing to launch
         return eager.forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options)
@@ -50,8 +50,9 @@ def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options):
 
 
 def backward(
-    do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, options
-):
+    do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, options,
+    walk=walk,
+):  # fmt: skip
     """Return the gradients of q, k, v, g, the initial state and the initial z."""
     if not q.numel() or not v.numel():
         return eager.backward(

@@ -1,0 +1,44 @@
+"""The linear engine on Hopper: the walks of long calls; what it does not take, Triton does."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from fla.ops.simple_gla import triton as portable
+from fla.ops.simple_gla.blocks import Call
+from fla.ops.simple_gla.hopper_walk import BZ, run_walk
+
+# Walks of fewer elements are short beside the host's time to describe their tensors
+SMALLEST = 3 << 24
+
+
+def walk(
+    call: Call, x, y, z, out_dtype, *, segment: int, new_norm: bool = False,
+    norm: Tensor | None = None, dnorm: Tensor | None = None, beside: Tensor | None = None, **more,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """``triton.walk``, by the kernel for Hopper where that takes it."""
+    B, _, H, X = x.shape
+    Z = z.shape[-1]
+    if (
+        call.tokens * H * (X + Z) < SMALLEST
+        or X not in (64, 128, 256)
+        or Z % BZ.value
+        or (X == 256 and beside is not None)  # more than shared memory has
+        or (segment and beside is not None)  # states are to be made of rounded rows: ``put_out``
+        or (segment and B > 1)  # segments are a row's
+        or new_norm
+        or norm is not None
+        or any(each is not None and each.data_ptr() % 16 for each in (x, y, z, beside))
+    ):
+        return portable.walk(
+            call, x, y, z, out_dtype, segment=segment, new_norm=new_norm, norm=norm, dnorm=dnorm,
+            beside=beside, **more,
+        )  # fmt: skip
+    return run_walk(call, x, y, z, segment=segment, beside=beside, **more)
+
+
+forward = functools.partial(portable.forward, walk=walk)
+backward = functools.partial(portable.backward, walk=walk)
+attention_map = portable.attention_map

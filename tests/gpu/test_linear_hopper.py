@@ -1,0 +1,144 @@
+"""The linear engine's walk for Hopper on a GPU.
+
+Run as a program it makes a few small calls, for compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from unittest import mock
+
+import linear_calls
+import pytest
+import sanitizer
+import torch
+from torch.nn.functional import logsigmoid
+
+from fla.ops import chunk_lightning_attn, chunk_simple_gla
+from fla.ops.common import device
+from fla.ops.common.dispatch import use
+from fla.ops.simple_gla import blocks, hopper, hopper_walk
+from fla.testing.compare import measure, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() != device.HOPPER,
+        reason="no Hopper GPU",
+    ),
+]
+
+
+@contextlib.contextmanager
+def on_hopper(segments=False):
+    """Inside, the kernel takes short calls too, whether verified or not; yields its launches."""
+    release = (device.triton_version() or "").rsplit(".", 1)[0]
+    with (
+        mock.patch.dict(device.HOPPER_TRITON, {"linear walk": (release,)}),
+        mock.patch.object(hopper, "SMALLEST", 1),
+        mock.patch.object(blocks, "multiprocessors", lambda device: 132 if segments else 1),
+        mock.patch.object(hopper_walk, "launch", wraps=hopper_walk.launch) as launched,
+    ):
+        yield launched
+
+
+@pytest.mark.parametrize("case", list(linear_calls.hopper_cases()), ids=str)
+def test_against_fp64(case):
+    with on_hopper(case.segments) as launched:
+        found = measure(case.spec, case.shape, case.variant, torch.bfloat16, "cuda")
+    wrong = {name: pair for name, pair in found.items() if not pair[0] <= pair[1]}
+    assert launched.called and found and not wrong, wrong
+
+
+def operands(B, T, H=4, K=128, V=128, gated=True):
+    torch.manual_seed(T)
+    q, k = torch.randn(2, B, T, H, K, device="cuda", dtype=torch.bfloat16)
+    v, do = torch.randn(2, B, T, H, V, device="cuda", dtype=torch.bfloat16)
+    g = logsigmoid(torch.randn(B, T, H, device="cuda") + 3) if gated else None
+    return q, k, v, g, do
+
+
+def run(q, k, v, g, do, **more):
+    """o and all gradients."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, g) if x is not None]
+    o, _ = chunk_simple_gla(*leaves, **more)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+
+@pytest.mark.parametrize("scale", [0.1, -0.3, 0.0])
+@pytest.mark.parametrize("size", [(1, 8192, 4), (3, 2000, 2), (2, 4097, 6)])
+def test_agrees_with_triton(size, scale):
+    arguments = operands(*size)
+    with on_hopper() as launched, use("hopper"):
+        found = run(*arguments, scale=scale)
+    assert launched.call_count == 4
+    with use("triton"):
+        expected = run(*arguments, scale=scale)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 5e-3
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_thousand_times_the_same_bits(gated):
+    """Where a barrier is missing, they move."""
+    arguments = operands(1, 1000, 33, gated=gated)
+    bounds = torch.tensor([0, 0, 300, 301, 1000], device="cuda")
+    moved = torch.zeros((), device="cuda", dtype=torch.int64)
+    with on_hopper():
+        first = run(*arguments, cu_seqlens=bounds)
+        for _ in range(1000):
+            again = run(*arguments, cu_seqlens=bounds)
+            for a, b in zip(first, again, strict=True):
+                moved += (a != b).sum()
+    assert not moved.item()
+
+
+def test_what_lies_beside_a_sequence_is_not_read():
+    """The last chunk of a sequence reaches into the next one, or behind all, here full of NaN."""
+    arguments = [x.clone() for x in operands(1, 500)]
+    bounds = torch.tensor([0, 100, 230, 300], device="cuda")
+    with on_hopper():
+        expected = run(*(x[:, :300] for x in arguments), cu_seqlens=bounds)
+        for x in arguments:
+            x[:, 100:230] = torch.nan
+            x[:, 300:] = torch.nan
+        found = run(*arguments, cu_seqlens=bounds)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a[:, :100], b[:, :100]) and torch.equal(a[:, 230:300], b[:, 230:])
+        assert a[:, 100:230].isnan().any() and not a[:, 300:].any()
+
+
+def test_nothing_is_compiled_again():
+    def compiled():
+        return len(hopper_walk.hopper_walk_kernel.device_caches[0][0])
+
+    with on_hopper():
+        run(*operands(1, 640))
+        before = compiled()
+        for T in range(2, 102):
+            run(*operands(1, T))
+    assert compiled() == before
+
+
+@sanitizer.needed
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer_finds_nothing(tool):
+    found = sanitizer.sanitized(tool, __file__)
+    assert ("ERROR SUMMARY: 0 errors" if tool == "memcheck" else "0 hazards") in found
+
+
+def main() -> None:
+    bounds = torch.tensor([0, 70, 70, 200, 256], device="cuda")
+    for segments, (K, V) in itertools.product((False, True), ((64, 64), (128, 128), (256, 64))):
+        with on_hopper(segments) as launched:
+            arguments = operands(1, 300, 1, K, V)
+            run(*arguments)
+            run(*arguments, cu_seqlens=bounds)
+            chunk_lightning_attn(*arguments[:3], 1, 2)
+            torch.cuda.synchronize()
+        assert launched.called
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The linear engine's walk for Hopper without a GPU: who gets it, and compiled."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from compiling import compiling
+from triton import knobs
+
+from fla.ops.common import device
+from fla.ops.common.dispatch import Problem
+from fla.ops.simple_gla import blocks, hopper
+from fla.ops.simple_gla.engine import ENGINE, Options
+
+EMULATED = """
+import json, torch
+from unittest import mock
+from emulated_gluon import emulated
+from fla.ops.simple_gla import blocks, engine, triton as portable
+from fla.testing.compare import measure
+from linear_calls import hopper_cases
+
+torch.set_num_threads(1)
+stages = "hopper_blocks", "hopper_walk", "hopper"
+names = ("fla.ops.common.hopper", *(f"fla.ops.simple_gla.{name}" for name in stages))
+with emulated(*names) as (*_, hopper_walk, stages):
+    pass
+sums_of = portable.sums_of
+for case in hopper_cases():
+    if case.shape.T > 500 and not case.shape.lengths or case.shape.K * case.shape.T > 200_000:
+        continue
+    with (
+        mock.patch.object(engine.ENGINE, "choose", lambda problem: stages),
+        mock.patch.object(blocks, "multiprocessors", lambda device: 132 if case.segments else 1),
+        mock.patch.object(stages, "SMALLEST", 1),
+        mock.patch.object(hopper_walk, "rounded", lambda x: x),  # as operands in fp32 are not
+        mock.patch.object(
+            portable, "sums_of", lambda at, g, dtype, back: sums_of(at, g, torch.bfloat16, back)
+        ),
+        mock.patch.object(hopper_walk, "launch", wraps=hopper_walk.launch) as launched,
+    ):
+        found = measure(case.spec, case.shape, case.variant, torch.float32)
+    print(json.dumps([str(case), launched.call_count, found]), flush=True)
+
+# Tokens of a second sequence, and behind the last one, that nobody may look at
+torch.manual_seed(0)
+q, k, v = torch.randn(3, 1, 300, 2, 64)
+g = -torch.rand(1, 300, 2)
+bounds = torch.tensor([0, 70, 150, 230])
+options = engine.Options(1.0)
+with mock.patch.object(stages, "SMALLEST", 1):
+    expected = stages.forward(q, k, v, g, None, None, None, bounds, options)[0]
+    for x in (q, k, v):
+        x[:, 70:150] = x[:, 230:] = torch.nan
+    found = stages.forward(q, k, v, g, None, None, None, bounds, options)[0]
+for seen in (slice(0, 70), slice(150, None)):
+    assert torch.equal(found[:, seen], expected[:, seen])
+assert not expected[:, 230:].any() and found[:, 70:150].isnan().any()
+"""
+
+
+def test_emulated():
+    """On fp32 operands, in a process with a stand-in for Gluon; gates' sums have 16-bit digits."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-c", EMULATED], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    calls = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(calls) > 12
+    for case, launches, found in calls:
+        assert launches and found, case
+        assert all(error <= 1e-3 for error, _ in found.values()), (case, found)
+
+
+def call(T=1024, K=128, V=128, gate="token", packed=False, states=False, dtype=torch.bfloat16):
+    """Forward and backward, on tensors of zeros that are there to be launched with."""
+    H = 2
+    q, k, v = (torch.zeros(1, T, H, size, dtype=dtype) for size in (K, K, V))
+    g = torch.zeros(1, T, H) if gate == "token" else None
+    g_gamma = torch.zeros(H) if gate == "head" else None
+    cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
+    kv = torch.zeros(1, H, K, V) if states else None
+    arguments = q, k, v, g, g_gamma, kv, None, cu_seqlens
+    options = Options(1.0, output_final_state=states)
+    with mock.patch.object(hopper, "SMALLEST", 1):
+        hopper.forward(*arguments, options)
+        hopper.backward(v, kv, None, *arguments, None, None, options)
+
+
+@pytest.mark.parametrize(
+    "sizes, more",
+    [
+        ((128, 128), {"gate": "token"}),
+        ((128, 128), {"gate": "head", "packed": True, "states": True}),
+        ((64, 128), {"gate": "token", "packed": True}),
+        ((64, 64), {"gate": None, "states": True}),
+        ((256, 512), {"gate": "token"}),
+    ],
+)
+def test_compiles(sizes, more, tmp_path):
+    """Products are asynchronous, little is spilled, no tile is left before all warps are done."""
+    with compiling(90) as compiled:
+        call(K=sizes[0], V=sizes[1], **more)
+    kernels = [each for each in compiled if each.metadata.name == "hopper_walk_kernel"]
+    assert len(kernels) == (4 if sizes[1] <= 128 else 2)
+    for kernel in kernels:
+        assert kernel.metadata.shared <= 227 << 10
+        order = re.findall(
+            r"wgmma\.wait_group\S* \d|bar\S*\.sync|mbarrier\.arrive\.shared", kernel.asm["ptx"]
+        )
+        # several arrivals may follow one barrier
+        before = {
+            first for first, each in itertools.pairwise(order) if each == "mbarrier.arrive.shared"
+        }
+        assert before and not any(first.startswith("wgmma") for first in before)
+        binary = tmp_path / "kernel.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert int(re.search(r"STACK:(\d+)", usage).group(1)) <= 32, usage
+
+
+def test_other_lengths_compile_nothing_new():
+    with compiling(90) as compiled:
+        for T in (64, 65, 500, 8192):
+            call(T)
+    names = [kernel.metadata.name for kernel in compiled]
+    assert names.count("hopper_walk_kernel") == 4
+
+
+def test_what_it_does_not_take_goes_to_triton():
+    made: dict = {}
+
+    def launched(T=1024, H=4, K=128, V=128, **more):
+        x, y, z = (torch.zeros(1, T, H, size, dtype=torch.bfloat16) for size in (K, K, V))
+        x = more.pop("x", x)
+        made.clear()
+        with (
+            mock.patch.object(hopper, "SMALLEST", 1 << 20),
+            mock.patch.object(hopper, "run_walk", lambda *_, **__: made.update(by="hopper")),
+            mock.patch.object(hopper.portable, "walk", lambda *_, **__: made.update(by="triton")),
+        ):
+            at = blocks.Call(x, z, None, Options(1.0))
+            hopper.walk(at, x, y, z, z.dtype, **{"segment": 0} | more)
+        return made["by"]
+
+    beside = torch.zeros(1, 1024, 4, 128, dtype=torch.bfloat16)
+    moved = torch.zeros(beside.numel() + 1, dtype=torch.bfloat16)[1:].view_as(beside)
+    norm = torch.zeros(1, 1024, 4)
+    assert launched() == launched(segment=128) == launched(beside=beside) == "hopper"
+    assert launched(K=256) == launched(K=64, V=192) == "hopper"
+    assert launched(K=256, beside=beside) == launched(segment=128, beside=beside) == "triton"
+    assert launched(K=96) == launched(V=96) == "triton"
+    assert launched(T=1023) == launched(x=moved) == launched(norm=norm) == "triton"
+    assert launched(new_norm=True) == launched(dnorm=norm, norm=norm) == "triton"
+
+
+def reason(dtype=torch.bfloat16, K=128, V=128, options=None, verified=("3.6",)):
+    with (
+        mock.patch.object(device, "capability", lambda _: (9, 0)),
+        mock.patch.object(device, "triton_version", lambda: "3.6.0"),
+        mock.patch.dict(device.HOPPER_TRITON, {"linear walk": verified}),
+    ):
+        problem = Problem(torch.device("cuda"), dtype, K, V, options)
+        return dict(ENGINE.explain(problem))["hopper"]
+
+
+def test_who_gets_it():
+    assert reason() is reason(K=64) is reason(K=256, V=512) is None
+    assert reason(torch.float16).startswith("takes bf16, not torch.float16")
+    assert reason(verified=("3.5", "3.60")) == "not verified with Triton 3.6.0"
+    assert reason(options=Options(1.0, normalize=True)) == "takes no normaliser"
+    for K, V in ((96, 128), (128, 96), (512, 512)):
+        assert reason(K=K, V=V).endswith(f"not {K} and {V}")
