@@ -1,5 +1,6 @@
 """What the documents say: their code runs, and they name what there is."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,18 @@ import pytest
 import fla.ops
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# What stands beside what in the README, of the results on a CPU
+BESIDE = (
+    ("chunk_kda forward, T 2048", "transformers chunk forward, T 2048"),
+    ("chunk_kda forward and backward, T 2048", "transformers chunk forward and backward, T 2048"),
+    ("chunk_simple_gla forward, T 4096", "scaled_dot_product_attention forward, T 4096"),
+    ("parallel_forgetting_attn forward, T 4096", "scaled_dot_product_attention forward, T 4096"),
+    (
+        "parallel_forgetting_attn forward and backward, T 4096",
+        "scaled_dot_product_attention forward and backward, T 4096",
+    ),
+)
 DOCUMENTS = ["README.md", "DESIGN.md", "CONTRIBUTING.md"]
 
 
@@ -33,3 +46,37 @@ def test_files_that_are_named_exist(name):
     named = re.findall(r"`((?:fla|tests|benchmarks|examples)/[\w/]+\.\w+)`", text)
     named += re.findall(r"\]\(([^):]+)\)", text)
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def quoted() -> list[str]:
+    """The lines of the README's tables of measurements, as the results have them."""
+    softmax = json.loads((RESULTS / "softmax_gpu.json").read_text())
+    lines = []
+    for row in softmax["rows"]:
+        if row["first"][0] is not None:
+            cells = [milliseconds(row.get(name, {})) for name in ("ours", "fla-core", "cudnn")]
+            lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    seconds = {
+        case["case"].removesuffix(", float32"): case["seconds"]
+        for row in json.loads((RESULTS / "cpu.json").read_text())["rows"]
+        for case in row["measured"]
+        if "float32" in case["case"]
+    }
+    for ours, other in BESIDE:
+        cells = [short(1e3 * seconds[case]) for case in (ours, other)]
+        lines.append(f"| {ours} | {cells[0]} | {cells[1]}, {other.split(' forward')[0]} |")
+    return lines
+
+
+def milliseconds(found: dict) -> str:
+    found = [short(found[way]) for way in ("forward", "backward") if way in found]
+    return " / ".join(found) or "–"
+
+
+def short(ms: float) -> str:
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def test_the_readme_quotes_the_results():
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert [line for line in quoted() if line not in readme] == []
