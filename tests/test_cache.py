@@ -208,6 +208,18 @@ def test_another_models_cache():
         small(x[:, :1], cache)
 
 
+@pytest.mark.parametrize("order", [(0, 0), (0, 1, 1), (0, 1, 2, 2), (1,), (0, 2, 1)], ids=str)
+def test_layers_out_of_step(order):
+    """A layer that is called twice, or out of turn, is noticed before it spoils the next step."""
+    run, x, cache = model("kda", "attn", "linear"), draw(1, 4, D), Cache()
+    run(x, cache)
+    *fitting, last = order
+    for layer_idx in fitting:
+        run.layers[layer_idx](x[:, :1], None, cache)
+    with pytest.raises(ValueError, match=r"past_key_values: expected [45] tokens seen by ev"):
+        run.layers[last](x[:, :1], None, cache)
+
+
 def test_refusals():
     cache = Cache()
     with pytest.raises(KeyError, match=r"layer 3 has no state here, layers \[\] have one"):

@@ -266,6 +266,17 @@ def test_textbooks_agree():
         naive_chunk_kda(*(each[:, :50] for each in x))
 
 
+def test_textbooks_agree_on_a_decay_of_everything():
+    q, k, v, g, beta = (each.double() for each in operands(64))
+    g = g.clone()
+    g[:, ::9], g[:, 30:, :, ::3], g[:, -1, 0] = -torch.inf, -torch.inf, -torch.inf
+    settings = {"initial_state": draw(4, 24, 40).double(), "output_final_state": True}
+    found = naive_chunk_kda(q, k, v, g, beta, **settings, chunk_size=16)
+    for one, other in zip(found, naive_recurrent_kda(q, k, v, g, beta, **settings), strict=True):
+        assert one.isfinite().all()
+        assert relative_error(one, other) < 1e-12
+
+
 POOL = 9
 # Slots of four sequences of 3, 0, 1 and 2 tokens: distinct, some not to be stored.
 LENGTHS = (3, 0, 1, 2)

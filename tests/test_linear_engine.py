@@ -69,6 +69,17 @@ def test_growth_beyond_the_range_of_an_exponential():
     against_textbook(q, k, v, g)
 
 
+@pytest.mark.parametrize("growth, T", [(10.0, 20), (5.0, 60)])
+def test_growth_that_only_fp64_holds(growth, T):
+    """Far beyond the largest number in fp32, and in the map of weights too."""
+    q, k, v = (draw(1, T, 1, d, dtype=torch.float64) for d in (8, 8, 12))
+    g = torch.full((1, T, 1), growth, dtype=torch.float64)
+    against_textbook(q, k, v, g, bound=1e-10)
+    o, weights = ops.parallel_simple_gla(q, k, v, g, output_attentions=True)
+    for one, other in zip((o, weights), naive_parallel_simple_gla(q, k, v, g), strict=True):
+        assert relative_error(one, other) < 1e-10
+
+
 def test_gradient_of_the_gate_over_a_long_sequence():
     q, k, v = (draw(1, 8192, 1, 16) for _ in range(3))
     g = torch.nn.functional.logsigmoid(draw(1, 8192, 1) + 6)
@@ -97,6 +108,14 @@ def test_textbooks_agree():
         o, S = naive_recurrent_simple_gla(q, k, v, g, output_final_state=False)
         assert S is None
         torch.testing.assert_close(naive_parallel_simple_gla(q, k, v, g)[0], o)
+
+
+def test_textbooks_agree_on_a_decay_of_everything():
+    q, k, v = (draw(2, 70, 2, d, dtype=torch.float64) for d in (8, 8, 12))
+    g = -draw(2, 70, 2, dtype=torch.float64).abs()
+    g[:, ::9], g[:, -1] = -torch.inf, -torch.inf
+    found = naive_chunk_simple_gla(q, k, v, g, output_final_state=True, chunk_size=16)
+    torch.testing.assert_close(found, naive_recurrent_simple_gla(q, k, v, g))
 
 
 def test_textbooks_of_linear_attention_agree():

@@ -264,6 +264,24 @@ def test_masked_convolution(name, dtype):
 
 
 @runs
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32], ids=str)
+def test_what_is_masked_does_not_matter(name, dtype, kind):
+    """Not even NaN, in the output, in the cache and in the gradients."""
+    module = ShortConvolution(8, 3, dtype=dtype)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]).to(kind)
+    zeros = draw(2, 6, 8, dtype=dtype).masked_fill(mask[..., None] == 0, 0)
+    unknown = zeros.masked_fill(mask[..., None] == 0, torch.nan)
+    found = []
+    for x in (unknown, zeros):
+        x.requires_grad_()
+        with implementation(name):
+            y, cache = module(x, mask=mask, output_final_state=True)
+            found.append((y, cache, *torch.autograd.grad(y.sum(), [x, module.weight])))
+    assert all(map(torch.equal, *found))
+    assert not found[0][2][0, :2].any() and not found[0][2][1, 5].any()
+
+
+@runs
 def test_strides_and_untouched_inputs(name, dtype):
     inputs = {
         "x": draw(2, 20, 9, dtype=dtype).mT,  # time last in memory
@@ -407,6 +425,10 @@ def refusals():
             x, cache=torch.zeros(2, 8, 3)
         ),
         "mask: expected [B, T] = [2, 5], got [2, 4]": lambda: conv(x, mask=torch.ones(2, 4)),
+        "x: expected [B, T, D], got [2, 5]": lambda: conv(x[..., 0], mask=torch.ones(2, 5)),
+        "mask: expected the device of x, cpu, got meta": lambda: conv(
+            x, mask=torch.ones(2, 5, device="meta")
+        ),
         "residual: expected [B, T, D] = [2, 5, 8], got [2, 4, 8]": lambda: conv(x, x[:, :4]),
         "kernel_size: expected at least 1, got 0": lambda: ShortConvolution(8, 0),
         "activation: expected one of silu, swish, None, got relu": lambda: ShortConvolution(
@@ -445,6 +467,8 @@ def test_refusals_of_types():
         FusedRMSNormGated(8)(torch.zeros(3, 8), None)
     with pytest.raises(TypeError, match=r"x: expected a floating point tensor, got torch\.int64"):
         l2norm(torch.zeros(3, 4).long())
+    with pytest.raises(TypeError, match="mask: expected a tensor, got list"):
+        ShortConvolution(8, 4)(torch.zeros(1, 2, 8), mask=[[0, 1]])
     with pytest.raises(TypeError, match=r"head_first: .* no such argument"):
         ShortConvolution(8, 4)(torch.zeros(1, 2, 8), head_first=True)
 

@@ -152,11 +152,13 @@ def _check_in_step(cache: Cache, layer_idx: int, columns: int) -> None:
     seen = cache.get_seq_length(layer_idx)
     layers = list(cache)
     for other in layers[:1] + layers[-1:]:
-        if cache.get_seq_length(other) not in (seen, seen + columns):
+        expected = seen + columns if other < layer_idx else seen
+        if cache.get_seq_length(other) != expected:
             raise ValueError(
                 f"past_key_values: expected {seen} tokens seen by every layer, as by layer "
                 f"{layer_idx}, got {cache.get_seq_length(other)} seen by layer {other}; "
-                f"a cache is of one model and grows layer by layer"
+                f"a cache is of one model and grows layer by layer, before layer {layer_idx} by "
+                f"these {columns} tokens already"
             )
 
 

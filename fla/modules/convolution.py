@@ -74,11 +74,9 @@ class ShortConvolution(nn.Conv1d):
             ``y`` ``[B, T, D]`` in the dtype of x, and the new cache ``[N, D, W]`` or None.
         """
         if mask is not None:
-            if mask.shape != x.shape[:2]:
-                raise ValueError(
-                    f"mask: expected [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}"
-                )
-            x = x * mask.to(x.dtype)[..., None]
+            contract.operands(x=(x, "B T D"))
+            _check_mask(mask, x)
+            x = x.masked_fill(mask[..., None] == 0, 0)
         options = Options(self.activation is not None, output_final_state)
         weight = self.weight.squeeze(1)
         return conv_engine(x, weight, self.bias, residual, cache, cu_seqlens, options)
@@ -88,3 +86,13 @@ class ShortConvolution(nn.Conv1d):
         return (
             f"{self.hidden_size}, {self.kernel_size[0]}, bias={bias}, activation={self.activation}"
         )
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    """Of any dtype, with one entry for each token."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+    if mask.device != x.device:
+        raise ValueError(f"mask: expected the device of x, {x.device}, got {mask.device}")
+    if mask.shape != x.shape[:2]:
+        raise ValueError(f"mask: expected [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}")

@@ -33,8 +33,8 @@ _LARGEST_RUN = 1 << 23
 _FEWEST_ROWS = 16
 # Keys of a block in decoding
 _KEYS = 64
-# A token with this gate forgets all before it.  In sums with anything steeper even fp64 would lose
-# the gates beside it.
+# A token with this gate forgets all before it; with its negative it sees nothing else.  In sums
+# with anything steeper even fp64 would lose the gates beside it.
 _STEEPEST_GATE = -1e6
 
 
@@ -219,7 +219,9 @@ class _Walk:
         self.rows = _ROWS
         while self._row_block() > _LARGEST_RUN and self.rows > _FEWEST_ROWS:
             self.rows //= 2
-        self.gate = None if g is None else _Gate(self.heads(g, torch.float64), self.rows)
+        self.gate = None
+        if g is not None:
+            self.gate = _Gate(self.heads(g, torch.float64), self.rows, self.seen.alone())
         self._buffers: dict[str, Tensor] = {}
 
     def heads(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -318,6 +320,10 @@ class _Seen:
             return self.host[row]
         return 0 if self.window is None else max(row - self.window + 1, 0)
 
+    def alone(self) -> Tensor:
+        """Which rows see no key but their own [T]: their gates are in no pair."""
+        return self.rows == (0 if self.low is None else self.low)
+
     def zero_elsewhere(self, x: Tensor) -> Tensor:
         """x [lanes, groups, T, ...], zero for tokens of no sequence."""
         if self.there is None:
@@ -336,6 +342,10 @@ class _Seen:
                 logits[..., : last - block.first].masked_fill_(early, -torch.inf)
 
 
+def _bounded(g: Tensor) -> Tensor:
+    return g.clamp(_STEEPEST_GATE, -_STEEPEST_GATE)
+
+
 class _Gate:
     """Sums of a gate [lanes, G, T], kept so that near pairs never meet a large number.
 
@@ -343,8 +353,8 @@ class _Gate:
     between are added.  All of them are to the base 2 and in fp64.
     """
 
-    def __init__(self, g: Tensor, rows: int):
-        g = g.clamp(min=_STEEPEST_GATE).mul_(_LOG2E)
+    def __init__(self, g: Tensor, rows: int, alone: Tensor):
+        g = _bounded(g).masked_fill_(alone, 0).mul_(_LOG2E)
         g = torch.nn.functional.pad(g, (0, -g.shape[-1] % rows))
         self.size = rows
         self.until = g.unflatten(-1, (-1, rows)).cumsum(-1)  # [lanes, G, blocks, rows], and itself
@@ -454,7 +464,7 @@ class _KeyBlocks:
         Inside a block, then over the blocks that follow by doubling their number: nothing is
         subtracted that was added before.
         """
-        g = (g[self.tokens].double() * scale).clamp_(min=_STEEPEST_GATE).mul_(_LOG2E)
+        g = _bounded(g[self.tokens].double() * scale).mul_(_LOG2E)
         g = g.masked_fill_(~self.there[..., None], 0)
         inside = g.flip(1).cumsum(1).flip(1)  # itself included
         later = self._shift(inside[:, 0], 1)

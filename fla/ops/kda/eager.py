@@ -29,7 +29,7 @@ from fla.ops.common.boundary import absent
 from fla.ops.common.device import accumulator
 from fla.ops.common.sequences import Carry, Chunks, Sequences
 from fla.ops.kda.gate import Gate, like
-from fla.ops.kda.pool import longest, store
+from fla.ops.kda.pool import load, longest, store
 
 # The root of ε in the l2norm; on the host, whichever device a caller has made the default.
 _SQRT_EPS = {
@@ -115,9 +115,10 @@ def serve(q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, acc
     read = rows
     if indices is not None:
         last = torch.zeros_like(rows) if accepted is None else accepted.long() - 1
-        read = indices.gather(1, last[:, None]).squeeze(1).long()
-    S = walk.pack_state(state.index_select(0, read.clamp(min=0)) if N else state[:0])
-    S = S.masked_fill((read < 0)[:, None, None, None], 0)
+        # one column more, of no slot, for sequences without tokens
+        last = torch.where(lengths > 0, last, indices.shape[1])
+        read = torch.nn.functional.pad(indices, (0, 1), value=-1).gather(1, last[:, None])[:, 0]
+    S = walk.pack_state(load(state, read))
     states, S = S.shape, S.flatten(0, 1)
     tokens = [x.flatten(0, 1) for x in walk.tokens()]  # [B · T, HV, ·]
     o = out.new_zeros(B * T + 1, *out.shape[2:], dtype=walk.dtype)  # a row for what is not there

@@ -170,25 +170,32 @@ def _check_slots(N: int, device: torch.device, indices, accepted, inplace: bool)
 
 
 def _check_slot_values(state, cu_seqlens, T: int, indices, accepted) -> None:
-    """Check what the host knows; devices are never asked."""
+    """Check what the host knows, of the entries that are used; devices are never asked."""
     if indices is None or not indices.shape[0]:
         return
     on_cpu = indices.device.type == "cpu"
-    tokens, slots, longest = indices.shape[1], state.shape[0], T
+    (N, tokens), slots, longest = indices.shape, state.shape[0], T
     if cu_seqlens is not None:
         longest = int(cu_seqlens.diff().max()) if on_cpu else 0
     if longest > tokens:
         raise ValueError(
             f"ssm_state_indices: expected a slot for each of {longest} tokens, got {tokens}"
         )
-    if not on_cpu:
+    if not on_cpu or not longest:
         return
-    if indices.numel() and int(indices.max()) >= slots:
-        raise ValueError(
-            f"ssm_state_indices: expected slots below {slots}, got {int(indices.max())}"
-        )
-    if accepted is not None and not 1 <= int(accepted.min()) <= int(accepted.max()) <= tokens:
-        raise ValueError(f"num_accepted_tokens: expected 1 to {tokens}, got {accepted.tolist()}")
+    lengths = indices.new_full((N,), T) if cu_seqlens is None else cu_seqlens.diff()
+    column = torch.arange(tokens, device=indices.device)
+    used = column < lengths[:, None]  # written; [N, tokens]
+    if accepted is not None:
+        there = accepted[lengths > 0]
+        if not 1 <= int(there.min()) <= int(there.max()) <= tokens:
+            raise ValueError(
+                f"num_accepted_tokens: expected 1 to {tokens}, got {accepted.tolist()}"
+            )
+        used |= (column == accepted[:, None] - 1) & (lengths[:, None] > 0)  # read
+    highest = int(indices[used].max())
+    if highest >= slots:
+        raise ValueError(f"ssm_state_indices: expected slots below {slots}, got {highest}")
 
 
 def _tail(options: Options) -> str:
@@ -196,7 +203,8 @@ def _tail(options: Options) -> str:
 
 
 def _scaled(options: Options, sizes: dict[str, int]) -> tuple:
-    return contract.scale_or_default(options.scale, sizes["K"]), *options[1:]
+    scale, *others = options
+    return contract.scale_or_default(scale, sizes["K"]), *others
 
 
 def _known(h: Tensor, cu_seqlens, cu_seqlens_cpu, options: Options) -> Tensor:

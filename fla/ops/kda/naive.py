@@ -61,7 +61,8 @@ def naive_chunk_kda(
         chunk = slice(start, start + chunk_size)
         q_c, k_c, v_c, g_c, beta_c = (x[:, :, chunk] for x in (q, k, v, g, beta))
         since_start = g_c.cumsum(-2).exp()
-        to_end = (g_c.flip(-2).cumsum(-2).flip(-2) - g_c).exp()
+        after = torch.nn.functional.pad(g_c[:, :, 1:], (0, 0, 0, 1))
+        to_end = after.flip(-2).cumsum(-2).flip(-2).exp()
         decay = _decay(g_c)  # [B, HV, C, C, K]
         keys = torch.einsum("bhik,bhijk,bhjk->bhij", k_c, decay, k_c).tril(-1)
         queries = torch.einsum("bhik,bhijk,bhjk->bhij", q_c, decay, k_c)

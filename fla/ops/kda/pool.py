@@ -13,6 +13,14 @@ def longest(lengths: Tensor, most: int) -> int:
     return most
 
 
+def load(pool: Tensor, slots: Tensor) -> Tensor:
+    """The states [N, ...] in the ``slots`` [N] of ``pool``, zeros where those are negative."""
+    if not slots.shape[0] or not pool.shape[0]:
+        return pool.new_zeros(slots.shape[0], *pool.shape[1:])
+    states = pool.index_select(0, slots.clamp(min=0))
+    return states.masked_fill_((slots < 0)[:, None, None, None], 0)
+
+
 def store(pool: Tensor, slots: Tensor, states: Tensor) -> None:
     """Write ``states`` to the ``slots`` [N] of ``pool`` that are not negative.
 

@@ -60,7 +60,7 @@ def linear_attention(
 ) -> tuple[Tensor, Any]:
     """Run the engine without decay; its state is the pair (kv, z) if it normalises, else kv."""
     initial_z = None
-    if isinstance(initial_state, tuple | list):
+    if isinstance(initial_state, (tuple, list)):
         if not normalize:
             raise TypeError("initial_state: expected a tensor without normalize, got a pair")
         if len(initial_state) != 2:

@@ -22,8 +22,6 @@ _LARGEST_CHUNK, _LARGEST_CHUNK_OF_SMALL_STATES, _SMALL_STATE = 64, 32, 64 * 64
 # Elements of one operand in a run of chunks: small enough for a core's cache, large enough that
 # PyTorch's overhead a call does not show.
 _RUN = 1 << 17
-# exp2(x) is finite in fp32 up to here
-_LARGEST_EXPONENT = 127.0
 _LOG2_E = math.log2(math.e)
 
 _Run = tuple[int, int]  # slots [start, stop)
@@ -169,7 +167,8 @@ def _log2(g: Tensor, halves: int) -> Tensor:
 
 
 def _grow(exponent: Tensor) -> Tensor:
-    return exponent.clamp_(max=_LARGEST_EXPONENT).exp2_()
+    """2 to the exponent, in place, and finite."""
+    return exponent.clamp_(max=math.log2(torch.finfo(exponent.dtype).max) - 1).exp2_()
 
 
 class _Gate:

@@ -47,7 +47,7 @@ def naive_chunk_simple_gla(
         q_c, k_c, v_c, g_c = (x[:, :, start : start + chunk_size] for x in (q, k, v, g))
         decay = _decay(g_c)
         since_start = g_c.cumsum(-1)
-        to_end = g_c.flip(-1).cumsum(-1).flip(-1) - g_c
+        to_end = torch.nn.functional.pad(g_c[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
         inside = (q_c @ k_c.mT * decay) @ v_c
         o.append(scale * (inside + since_start.exp()[..., None] * (q_c @ S)))
         added = (k_c * to_end.exp()[..., None]).mT @ v_c
