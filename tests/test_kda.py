@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import re
+from unittest import mock
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from fla import ops
+from fla.ops.common.dispatch import Problem
+from fla.ops.kda import engine
 from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
 from fla.ops.kda.gate import fused_kda_gate, naive_kda_gate, naive_kda_lowerbound_gate
 from fla.ops.kda.naive import naive_chunk_kda, naive_recurrent_kda
@@ -252,6 +255,18 @@ def test_intermediate_states(chunk_size, state_v_first, lengths):
             expected.append(state)
     assert h.dtype == torch.bfloat16
     assert relative_error(h, torch.stack(expected, 1)) < 4e-3
+
+
+def test_kernels_leave_states_before_chunks_of_32_to_pytorch():
+    with mock.patch.object(engine, "lacks_triton", lambda *_: None):
+        for chunk_size, taken in ((64, True), (32, False)):
+            options = engine.Options(chunk_size=chunk_size, intermediate_states=True)
+            problem = Problem(torch.device("cuda"), torch.bfloat16, 128, 128, options)
+            reason = dict(engine.ENGINE.explain(problem))["triton"]
+            assert (reason is None) == taken, reason
+    x = operands(8)
+    with pytest.raises(TypeError, match="chunk_size: expected a whole number, got float"):
+        ops.chunk_kda(*x, chunk_size=64.0)
 
 
 def test_textbooks_agree():

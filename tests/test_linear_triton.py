@@ -65,20 +65,21 @@ def test_interpreted():
         assert found and all(error <= bound for error, bound in found.values()), (where, found)
 
 
-def call(case, gate=None, packed=False, normalize=False, states=False, T=130, H=2):
+def call(case, gate=None, packed=False, normalize=False, states=None, T=130, H=2):
     """Forward and backward, on tensors of zeros that are there to be launched with."""
     dtype, K, V, shared = case
     q, k, v = (torch.zeros(1, T, H, size, dtype=dtype) for size in (K, K, V))
     g = torch.zeros(1, T, H) if gate == "token" else None
     g_gamma = torch.zeros(H) if gate == "head" else None
     cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
-    options = Options(1.0, normalize=normalize, output_final_state=states)
-    kv = torch.zeros(1, H, K, V) if states else None
-    z = torch.zeros(1, 1, H, K) if states and normalize else None
+    options = Options(1.0, normalize=normalize, output_final_state=states is not None)
+    kv = torch.zeros(1, H, K, V, dtype=states) if states else None
+    z = torch.zeros(1, 1, H, K, dtype=states) if states and normalize else None
+    dkv, dz = (None if x is None else x.float() for x in (kv, z))
     with mock.patch.object(blocks, "_shared_memory", lambda device: shared):
         o, _, _, norm = kernels.forward(q, k, v, g, g_gamma, kv, z, cu_seqlens, options)
         kernels.backward(
-            v, kv, z, q, k, v, g, g_gamma, kv, z, cu_seqlens, o, norm, options
+            v, dkv, dz, q, k, v, g, g_gamma, kv, z, cu_seqlens, o, norm, options
         )  # fmt: skip
 
 
@@ -89,8 +90,9 @@ CONDITIONS = (
     {"gate": "head", "packed": True},
     {"gate": None},
     {"gate": None, "normalize": True},
-    {"gate": "token", "states": True},
-    {"gate": None, "normalize": True, "states": True},
+    {"gate": "token", "states": torch.float32},
+    {"gate": None, "normalize": True, "states": torch.float32},
+    {"gate": None, "normalize": True, "states": torch.float64},
 )
 COMPILED = [
     *((case, CONDITIONS[0]) for case in CASES),

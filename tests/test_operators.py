@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from shapes import PACKED, of, variants
@@ -40,6 +42,20 @@ def test_output_and_gradients_in_lower_precision(spec, variant, dtype):
     if spec.packed:
         shape = Shape.packed(0, 5, 66, 0, H=8 // group, group=group)
         check(spec, shape, variant, dtype)
+
+
+@pytest.mark.parametrize("factor", [1.5, torch.nan])
+def test_half_precision_does_not_excuse_itself(factor):
+    """What is wrong in 16 bits alone is as wrong in the simulation that bounds the error."""
+    spec, variant = variants()[0]
+
+    def run(**arguments):
+        o, state = spec.run(**arguments)
+        return (o if o.dtype == torch.float64 else o * factor), state
+
+    wrong = dataclasses.replace(spec, run=run)
+    error, bound = measure(wrong, Shape(T=20), variant, torch.bfloat16)["o"]
+    assert error > bound
 
 
 @every(lambda spec: spec.packed and spec.along_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from unittest import mock
 
 import kda_calls
@@ -106,6 +107,22 @@ def test_repeats_bit_for_bit(gate):
     bounds = torch.tensor([0, 0, 300, 301, 700, 700], device="cuda")
     for more in ({}, {"cu_seqlens": bounds}):
         assert equal(run(*arguments, **more), run(*arguments, **more))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("chunk_size", [32, 64])
+@pytest.mark.parametrize("bounds", [None, (0, 0, 65, 300, 300)])
+def test_states_before_chunks(chunk_size, dtype, bounds):
+    q, k, v, g, beta, _ = operands(300, gate="mixed", dtype=dtype)
+    wide = [x.double().cpu() for x in (q, k, v, g, beta)]
+    ends = None if bounds is None else torch.tensor(bounds)
+    more = {"chunk_size": chunk_size, "return_intermediate_states": True}
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # chunks of 32 take plain PyTorch
+        given = None if ends is None else ends.cuda()
+        found = chunk_kda(q, k, v, g, beta, cu_seqlens=given, cu_seqlens_cpu=ends, **more)[2]
+        expected = chunk_kda(*wide, cu_seqlens=ends, **more)[2]
+    assert relative_error(found, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -38,9 +38,17 @@ class Options(NamedTuple):
     intermediate_states: bool = False
 
 
+def _lacks_triton(at: Problem) -> str | None:
+    reason = lacks_triton(at.device, at.dtype)
+    if reason is None and at.options is not None:
+        if at.options.intermediate_states and at.options.chunk_size == 32:
+            return "kernels keep states before chunks of 64, not of 32"
+    return reason
+
+
 ENGINE = Engine(
     "delta",
-    Implementation("triton", "fla.ops.kda.triton", lambda at: lacks_triton(at.device, at.dtype)),
+    Implementation("triton", "fla.ops.kda.triton", _lacks_triton),
     Implementation("eager", "fla.ops.kda.eager"),
 )
 # A beta for each channel has no triangular system in common, so no chunks; token by token, a

@@ -207,7 +207,8 @@ def carry_on(
         place = (i_n * H + i_h).to(gl.int64) * (X * Z)
         b_s = gl.zeros([X, BZ], gl.float32, _ACC)
         if start is not None:
-            b_s += gl.load(start + place + p_state, mask=opens & (o_x < X), other=0.0) / s_held
+            b_start = gl.load(start + place + p_state, mask=opens & (o_x < X), other=0.0)
+            b_s += b_start.to(gl.float32) / s_held
         if carry is not None:
             b_s += gl.load(carry + p_kv, mask=(opens == 0) & (o_x < X), other=0.0)
         for i in range(steps):

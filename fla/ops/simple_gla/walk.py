@@ -132,7 +132,8 @@ def walk_kernel(
             b_e = tl.zeros([BX if dnorm is None else BZ], tl.float32)
             m_e = (o_e < E) & ((dnorm is None) | (i_x == 0))
             if start_z is not None:
-                b_e += tl.load(start_z + at * E + o_e, mask=m_e & opens, other=0.0) / s_held
+                p = start_z + at * E
+                b_e += tl.load(p + o_e, mask=m_e & opens, other=0.0).to(tl.float32) / s_held
             if carry is not None:
                 m = m_e & (opens == 0) & (i_n < N)
                 b_e += tl.load(carry + X * Z + o_e, mask=m, other=0.0)
