@@ -8,32 +8,25 @@ from __future__ import annotations
 import contextlib
 from unittest import mock
 
+import on_hopper
 import pytest
 import sanitizer
 import torch
 
 from fla.ops.attn import hopper_forward, parallel_attn
-from fla.ops.common import device
 from fla.ops.common.dispatch import use
 from fla.testing import Shape, all_specs
 from fla.testing.compare import measure, relative_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() != device.HOPPER,
-        reason="no Hopper GPU",
-    ),
-]
+pytestmark = on_hopper.marks
 SPEC = next(spec for spec in all_specs() if spec.name == "parallel_attn")
 
 
 @contextlib.contextmanager
 def hopper():
     """Inside, the kernel takes short calls too, whether verified or not; yields its calls."""
-    release = (device.triton_version() or "").rsplit(".", 1)[0]
     with (
-        mock.patch.dict(device.HOPPER_TRITON, {"softmax forward": (release,)}),
+        on_hopper.verified("softmax forward"),
         mock.patch.object(hopper_forward, "SHORTEST", 1),
         mock.patch.object(
             hopper_forward, "run_forward", wraps=hopper_forward.run_forward

@@ -13,29 +13,22 @@ import linear_calls
 import pytest
 import sanitizer
 import torch
+from on_hopper import marks, verified
 from torch.nn.functional import logsigmoid
 
 from fla.ops import chunk_lightning_attn, chunk_simple_gla
-from fla.ops.common import device
 from fla.ops.common.dispatch import use
 from fla.ops.simple_gla import blocks, hopper, hopper_walk
 from fla.testing.compare import measure, relative_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() != device.HOPPER,
-        reason="no Hopper GPU",
-    ),
-]
+pytestmark = marks
 
 
 @contextlib.contextmanager
 def on_hopper(segments=False):
     """Inside, the kernel takes short calls too, whether verified or not; yields its launches."""
-    release = (device.triton_version() or "").rsplit(".", 1)[0]
     with (
-        mock.patch.dict(device.HOPPER_TRITON, {"linear walk": (release,)}),
+        verified("linear walk"),
         mock.patch.object(hopper, "SMALLEST", 1),
         mock.patch.object(blocks, "multiprocessors", lambda device: 132 if segments else 1),
         mock.patch.object(hopper_walk, "launch", wraps=hopper_walk.launch) as launched,

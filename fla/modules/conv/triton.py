@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fla.modules.conv.engine import Options
 from fla.ops.common.boundary import absent
-from fla.ops.common.kernels import cdiv, multiprocessors, power_of_two
+from fla.ops.common.kernels import cdiv, dense, multiprocessors, power_of_two
 
 BLOCK_D = 256  # channels of a program, four in each thread
 WALKS = 16  # programs for each multiprocessor
@@ -339,7 +339,7 @@ def forward(
     grid = (sizes["programs"] + (0 if final is None else N), across)
     if all(grid):
         forward_kernel[grid](
-            *_contiguous(x, weight, bias, residual, cache, cu_seqlens),
+            *dense(x, weight, bias, residual, cache, cu_seqlens),
             y,
             final,
             **sizes,
@@ -371,7 +371,7 @@ def backward(
     grid = (programs + (0 if cache is None else N), across)
     if all(grid):
         backward_kernel[grid](
-            *_contiguous(dy, dfinal, x, weight, bias, cache, cu_seqlens),
+            *dense(dy, dfinal, x, weight, bias, cache, cu_seqlens),
             dx,
             dweights,
             dbiases,
@@ -406,7 +406,3 @@ def _shape(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None):
     }
     shape = {"D": D, "W": weight.shape[1], "BD": BD, "AHEAD": AHEAD}
     return N, across, sizes, shape | {"num_warps": max(BD // 128, 1)}
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [x if x is None else x.contiguous() for x in tensors]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fla.modules.norm.engine import Options, scale_of
 from fla.ops.common.boundary import absent
-from fla.ops.common.kernels import cdiv, multiprocessors, power_of_two
+from fla.ops.common.kernels import cdiv, dense, multiprocessors, power_of_two
 
 BLOCK = 4096  # elements of a program's rows, more only where one row has more
 PROGRAMS = 4  # of the backward for each multiprocessor; each has a share of the weight's gradient
@@ -127,7 +127,7 @@ def forward(
     if x.numel():
         rows, blocks, shape = _shape(x)
         forward_kernel[(blocks,)](
-            *_contiguous(x, weight, g, residual),
+            *dense(x, weight, g, residual),
             y,
             h,
             rows,
@@ -156,7 +156,7 @@ def backward(
         dweights = h.new_empty(programs, h.shape[-1], dtype=torch.float32)
     if h.numel():
         backward_kernel[(programs,)](
-            *_contiguous(dy, dh, h, weight, g),
+            *dense(dy, dh, h, weight, g),
             dx,
             dg,
             dweights,
@@ -179,7 +179,3 @@ def _shape(x: Tensor) -> tuple[int, int, dict[str, int]]:
     BR = max(BLOCK // BD, 1)
     warps = max(BR * BD // 1024, 4)
     return rows, cdiv(rows, BR), {"D": D, "BR": BR, "BD": BD, "num_warps": warps}
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [x if x is None else x.contiguous() for x in tensors]

@@ -10,6 +10,7 @@ from fla.ops.attn.blocks import Call, gates
 from fla.ops.attn.forward import run_forward
 from fla.ops.attn.split_decoding import run_decoding
 from fla.ops.common.boundary import absent
+from fla.ops.common.kernels import dense
 
 # Values of 32 bits beyond this size come in parts: a program cannot hold more.
 _PART = 256
@@ -62,7 +63,3 @@ def _too_wide(v: Tensor) -> bool:
 def rising(q: Tensor, scale: float) -> tuple[Tensor, float]:
     """q and a scale that is not negative: the largest product is then the largest logit."""
     return (q, scale) if scale >= 0 else (-q, -scale)
-
-
-def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else x.contiguous() for x in tensors)

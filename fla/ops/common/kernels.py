@@ -14,6 +14,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 _BLOCK = tl.constexpr(1024)
 _SEARCH = tl.constexpr(128)
@@ -112,6 +113,11 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 # Triton's own cdiv and next_power_of_2 are made for kernels and slow on the host.
+def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors as kernels take them, contiguous, and None for those that are not there."""
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
 def cdiv(x: int, y: int) -> int:
     return -(-x // y)
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fla.ops.common.kernels import cdiv, multiprocessors, power_of_two
+from fla.ops.common.kernels import cdiv, dense, multiprocessors, power_of_two
 from fla.ops.kda.activations import log_decay_backward, sigmoid, softplus
 
 # A tile is 4096 gates: 32 a thread of 4 warps, read and written 16 bytes at a time.
@@ -83,7 +83,7 @@ def gate_backward_kernel(
 
 
 def forward(g, A_log, dt_bias, lower_bound, output_dtype):
-    g, A_log, dt_bias = _contiguous(g, A_log, dt_bias)
+    g, A_log, dt_bias = dense(g, A_log, dt_bias)
     out = g.new_empty(g.shape, dtype=output_dtype)
     rows, D, BR, BD = _tiles(g)
     if rows * D:
@@ -95,7 +95,7 @@ def forward(g, A_log, dt_bias, lower_bound, output_dtype):
 
 def backward(g, dy, A_log, dt_bias, lower_bound):
     """The gradient of g, and where the parameter is there, of A_log [HV] and dt_bias [HV, K]."""
-    g, dy, A_log, dt_bias = _contiguous(g, dy, A_log, dt_bias)
+    g, dy, A_log, dt_bias = dense(g, dy, A_log, dt_bias)
     dg = g.new_empty(g.shape)
     rows, D, BR, BD = _tiles(g)
     blocks = cdiv(D, BD)
@@ -114,10 +114,6 @@ def backward(g, dy, A_log, dt_bias, lower_bound):
         None if dA_log is None else dA_log.sum((0, 2)),
         None if ddt_bias is None else ddt_bias.sum(0),
     )
-
-
-def _contiguous(*tensors):
-    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def _tiles(g):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.common.boundary import absent
+from fla.ops.common.kernels import dense
 from fla.ops.common.sequences import Sequences
 from fla.ops.simple_gla import attention_map as maps
 from fla.ops.simple_gla import eager
@@ -22,7 +23,7 @@ def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options, 
     """Return o [B, T, H, V], the final state and z, and the normaliser [B, T, H]."""
     if not q.numel() or not v.numel():  # nothing to launch
         return eager.forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options)
-    q, k, v, g_gamma, initial_state, initial_z, cu_seqlens = _dense(
+    q, k, v, g_gamma, initial_state, initial_z, cu_seqlens = dense(
         q, k, v, g_gamma, initial_state, initial_z, cu_seqlens
     )
     call = Call(q, v, cu_seqlens, options)
@@ -59,7 +60,7 @@ def backward(
             do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm,
             options,
         )  # fmt: skip
-    do, dstate, dz, q, k, v, g_gamma, initial_state, initial_z, cu_seqlens = _dense(
+    do, dstate, dz, q, k, v, g_gamma, initial_state, initial_z, cu_seqlens = dense(
         do, dstate, dz, q, k, v, g_gamma, initial_state, initial_z, cu_seqlens
     )
     call = Call(q, v, cu_seqlens, options)
@@ -101,7 +102,3 @@ def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float) -> Tenso
     """A_ij = scale q_i·k_j exp(G_i − G_j) for j ≤ i, [B, H, T, T]."""
     sums, rests = sums_of(Sequences.of(q, None), g, q.dtype, False)
     return maps.attention_map(q.contiguous(), k.contiguous(), sums, rests, scale)
-
-
-def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else x.contiguous() for x in tensors)
