@@ -123,3 +123,40 @@ def gates_of(b_raw, rate, dt_bias, lower_bound, o_k, m, i_hv, K, GATE: tl.conste
         if dt_bias is not None:
             b_x += tl.load(dt_bias + i_hv * K + o_k, o_k < K, 0).to(tl.float32)[:, None]
     return b_x, tl.where(m, log_decay(b_x, rate, lower_bound, GATE), 0.0)
+
+
+@triton.jit
+def tile(rows):
+    """Rows [BLOCKS, BK], token t of every block, as one tile on its side, [BK, BLOCKS * TILE]."""
+    N: tl.constexpr = rows[0].shape[0]
+    BK: tl.constexpr = rows[0].shape[1]
+    return joined(rows).reshape([N, BK, TILE]).permute(1, 0, 2).reshape([BK, N * TILE])
+
+
+@triton.jit
+def joined(rows):
+    """16 blocks as one, with four axes of 2 behind the others."""
+    a = ()
+    for t in tl.static_range(8):
+        a += (tl.join(rows[t], rows[t + 8]),)
+    b = ()
+    for t in tl.static_range(4):
+        b += (tl.join(a[t], a[t + 4]),)
+    return tl.join(tl.join(b[0], b[2]), tl.join(b[1], b[3]))
+
+
+@triton.jit
+def parts(b_x):
+    """What was ``joined``."""
+    a = tl.split(b_x)
+    b = tl.split(a[0]) + tl.split(a[1])
+    c = ()
+    for i in tl.static_range(4):
+        c += tl.split(b[i])
+    d = ()
+    for i in tl.static_range(8):
+        d += tl.split(c[i])
+    return (
+        d[0], d[8], d[4], d[12], d[2], d[10], d[6], d[14],
+        d[1], d[9], d[5], d[13], d[3], d[11], d[7], d[15],
+    )  # fmt: skip

@@ -19,7 +19,7 @@ from fla.ops.common.boundary import absent
 from fla.ops.kda import recurrent
 from fla.ops.kda.chunk_gradients import gradients_kernel, through_states_kernel, unit_kernel
 from fla.ops.kda.chunk_inter import advance_kernel, join_kernel, scans_kernel
-from fla.ops.kda.chunk_intra import intra_kernel
+from fla.ops.kda.chunk_intra import halving_kernel, intra_kernel
 from fla.ops.kda.slots import rows_and_slots
 from fla.ops.kda.wy_fast import adjoint_kernel, solve_kernel
 
@@ -34,9 +34,11 @@ class Launch(NamedTuple):
 
 # Tiles [32, 16] of two warps: products of warps, whose operands need no barrier of a warpgroup, in
 # a loop over channels short enough for the instruction cache.
-INTRA = Launch(32, 2)
+INTRA = Launch(128, 4)
 # Sᵀ [64, BK] is one warpgroup's accumulator; with V split in two, 64 heads fill the chip.
 SCAN = Launch(64, 4)
+# Where one operand of a token takes 1 KB, four warps would spill half of them.
+WIDE_SCAN = Launch(64, 8)
 # Both scans at once fill it with V whole: two warpgroups, and operands are read once.
 SCANS = Launch(128, 8, 2)
 # The next block of V is on its way while one is multiplied.
@@ -120,6 +122,7 @@ class _Call:
         self.dtype = torch.float32 if exact else torch.bfloat16
         self.BK = max(triton.next_power_of_2(self.K), 64)
         self.stages = pipeline(self.BK, self.dtype)
+        self.scan = WIDE_SCAN if self.BK * self.dtype.itemsize > 512 else SCAN
         self.C = chunk(self.BK, self.dtype)
         self.rows, self.slots = rows_and_slots(self.B, self.T, cu_seqlens, self.C)
         self.common = {
@@ -132,6 +135,7 @@ class _Call:
             "BETA_RANGE": 2 if options.neg_eigval else 1,
         }
         self.lower_bound = options.lower_bound if options.gate else None
+        self.forgets = options.gate and (self.lower_bound is None or self.lower_bound <= 0)
 
     def workspace(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.q.new_empty(self.slots, self.HV, *shape, dtype=dtype or self.dtype)
@@ -161,14 +165,23 @@ class _Call:
         self.betas = self.workspace(C, dtype=torch.float32)
         self.queries, self.solver = (self.workspace(C, C) for _ in range(2))
         self.factors = self.workspace(2, C, dtype=torch.float32)
+        near = self.workspace(C // 16, dtype=torch.int32)
         intra_kernel[(self.slots * self.HV,)](
             self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens,
-            self.q_in, self.k_in, self.k_out, self.decay, self.factors, self.queries, self.solver,
+            self.q_in, self.k_in, self.k_out, self.decay, self.factors, near,
+            self.queries, self.solver,
             self.options.scale, self.lower_bound,
             self.T, self.rows, self.H, self.HV, self.K,
-            **self.common, BLOCK=INTRA.block,
-            QK_L2NORM=self.options.qk_l2norm, GATE=self.options.gate,
+            **self.common,
+            QK_L2NORM=self.options.qk_l2norm, GATE=self.options.gate, FORGETS=self.forgets,
             num_warps=INTRA.warps, num_stages=INTRA.stages,
+        )  # fmt: skip
+        halving_kernel[(self.slots * self.HV,)](
+            self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens,
+            self.factors, near, self.queries, self.solver,
+            self.options.scale, self.lower_bound,
+            self.T, self.rows, self.H, self.HV, self.K,
+            **self.common, GATE=self.options.gate, num_warps=4, num_stages=1,
         )  # fmt: skip
         solve_kernel[(self.slots * self.HV,)](
             self.beta, self.cu_seqlens, self.solver, self.betas, self.T, self.rows, self.HV,
@@ -207,7 +220,7 @@ class _Call:
         )  # fmt: skip
 
     def advance(self, o, state, final, h) -> None:
-        BV, VP = SCAN.block, triton.cdiv(self.V, 64) * 64
+        BV, VP = self.scan.block, triton.cdiv(self.V, 64) * 64
         segment = self._segment(self.N * self.HV * (VP // BV))
         _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
         strides, nowhere = self.strides(state), (0, 0, 0, 0)
@@ -218,7 +231,7 @@ class _Call:
                 o, h, nowhere if h is None else self.strides(h[0]), None, final, final_strides,
                 *self._sizes(segment), **self.common, BV=BV, VP=VP, COLUMNS=columns,
                 SUMMARISE=columns > VP, EVERY=0 if h is None else self.options.chunk_size // self.C,
-                num_warps=SCAN.warps, num_stages=self.stages,
+                num_warps=self.scan.warps, num_stages=self.stages,
             )  # fmt: skip
 
         if segment <= self.T:
@@ -231,7 +244,7 @@ class _Call:
     def scans(self, do, state, dstate, dinitial) -> None:
         VP = triton.cdiv(self.V, 64) * 64
         whole = self.C == 64 and self.BK == VP == SCANS.block
-        BV, warps, stages = SCANS if whole else SCAN._replace(stages=self.stages)
+        BV, warps, stages = SCANS if whole else self.scan._replace(stages=self.stages)
         segment = self._segment(2 * self.N * self.HV * (VP // BV))
         _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
         self.values, self.solved = (self.workspace(self.C, VP) for _ in range(2))
