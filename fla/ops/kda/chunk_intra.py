@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla.ops.kda.activations import L2NORM_EPS, decay_of, log_decay
+from fla.ops.kda.activations import L2NORM_EPS, beta_of, decay_of, log_decay
 from fla.ops.kda.halving import (
     ROOM,
     TILE,
@@ -52,21 +52,40 @@ def unit(b_x, ENABLED: tl.constexpr):
     return b_sum
 
 
+@triton.jit
+def pairs(r_x, r_y, b_inverse, b_x, b_y, PRECISION: tl.constexpr):
+    """Rows of M or A [C, C]: with keys of their own block, of the one before, and of two before."""
+    C: tl.constexpr = b_x.shape[1]
+    o_c = tl.arange(0, C)
+    block = o_c // TILE
+    m_own = (block[:, None] == block[None, :]) & (o_c[:, None] >= o_c[None, :])
+    b_rows = tl.trans(tile(r_x))  # [C, BK]
+    b_own = tl.dot(b_rows, b_inverse, input_precision=PRECISION)
+    b_pairs = tl.dot(b_rows, b_x, input_precision=PRECISION)
+    b_pairs = tl.where(m_own, b_own, tl.where(level_mask(4, C), b_pairs, 0.0))
+    if C == 64:
+        b_far = tl.dot(tl.trans(tile(r_y)), b_y, input_precision=PRECISION)
+        b_pairs = tl.where(level_mask(5, C), b_far, b_pairs)
+    return b_pairs
+
+
 @triton.jit(do_not_specialize=["T", "rows"])
 def intra_kernel(
-    q, k, g, A_log, dt_bias, cu_seqlens, q_in, k_in, k_out, decay, factors, near, queries, keys,
-    scale, lower_bound, T, rows, H, HV, K,
+    q, k, g, beta, A_log, dt_bias, cu_seqlens, q_in, k_in, k_out, decay, betas, factors, near,
+    queries, keys, scale, lower_bound, T, rows, H, HV, K,
     C: tl.constexpr, BK: tl.constexpr,
-    QK_L2NORM: tl.constexpr, GATE: tl.constexpr, FORGETS: tl.constexpr, PRECISION: tl.constexpr,
+    QK_L2NORM: tl.constexpr, GATE: tl.constexpr, FORGETS: tl.constexpr,
+    BETA_SIGMOID: tl.constexpr, BETA_RANGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a chunk is to the state and its tokens to one another, for one chunk of one value head.
 
         q_in_i = scale D_i0 q_i    k_in_i = D_i0 k_i    k_out_j = D_Cj k_j    decay = D_C0
         A_ij = k_i·D_ij k_j, j < i      M_ij = scale q_i·D_ij k_j, j ≤ i
 
-    Reads the chunk's raw q, k, g [C, K]; writes q_in, k_in, k_out [C, BK], decay [BK], M
-    (``queries``) and, below the diagonal, A (``keys``) [C, C], and the norms' factors of q and k
-    [2, C], zero where tokens or channels are not there.
+    Reads the chunk's raw q, k, g [C, K] and beta; writes q_in, k_in, k_out [C, BK], decay [BK],
+    activated betas [C], the norms' factors of q and k [2, C], all zero where tokens or channels are
+    not there, how many rows of each block are ``near``, and, unless ``queries`` is None, M there
+    and A, below the diagonal, in ``keys`` [C, C].
     """
     BLOCKS: tl.constexpr = C // TILE
     i_slot = tl.program_id(0) // HV
@@ -91,12 +110,14 @@ def intra_kernel(
     p_q_in = q_in + place * (C * BK) + o_out
     p_k_in = k_in + place * (C * BK) + o_out
     p_k_out = k_out + place * (C * BK) + o_out
-    queries += place * (C * C)
-    keys += place * (C * C)
     factors += place * (2 * C)
     m_k = (o_k < K)[None, :]
     left = length - i_c * C
     left_b = (left - o_b * TILE)[:, None]
+    o_c = tl.arange(0, C)
+    b_beta = tl.load(beta + (token + o_c) * HV + i_hv, o_c < left, 0).to(tl.float32)
+    b_beta = tl.where(o_c < left, beta_of(b_beta, BETA_SIGMOID, BETA_RANGE), 0.0)
+    tl.store(betas + place * C + o_c, b_beta)
 
     # rows of all blocks, loads far ahead of their use
     r_g = ()
@@ -153,7 +174,6 @@ def intra_kernel(
     b_behind = decay_of(b_behind)
 
     # keys at the end of their blocks
-    o_c = tl.arange(0, C)
     b_factor = unit(joined(r_k), QK_L2NORM)
     tl.store(factors + C + o_c, b_factor.reshape([C]))
     r_unit = parts(b_factor)
@@ -166,8 +186,9 @@ def intra_kernel(
         b_sum += r_decay[t]
         r_x = (b_end.to(dtype),) + r_x  # noqa: RUF005, jit functions know no *
         r_y = ((b_end * b_far).to(dtype),) + r_y  # noqa: RUF005
-    b_x = tile(r_x)
-    b_y = tile(r_y)
+    if queries is not None:
+        b_x = tile(r_x)
+        b_y = tile(r_y)
     r_q = ()
     for t in tl.static_range(TILE):
         r_q += (tl.load(p_q + t * (H * K), m_k & (t < left_b), 0),)
@@ -187,18 +208,12 @@ def intra_kernel(
         r_x += (b_kd.to(dtype),)
         r_y += ((b_kd * b_far).to(dtype),)
         r_ki += ((b_k * weight_of(-b_sum, FORGETS)).to(dtype),)
-    b_ki = tile(r_ki)
-    block = o_c // TILE
-    m_own = (block[:, None] == block[None, :]) & (o_c[:, None] >= o_c[None, :])
-    m_x = level_mask(4, C)
-    m_y = level_mask(5, C)
-    b_kd = tl.trans(tile(r_x))
-    b_a = tl.dot(b_kd, b_ki, input_precision=PRECISION)
-    b_ax = tl.dot(b_kd, b_x, input_precision=PRECISION)
-    b_a = tl.where(m_own, b_a, tl.where(m_x, b_ax, 0.0))
-    if BLOCKS == 4:
-        b_ax = tl.dot(tl.trans(tile(r_y)), b_y, input_precision=PRECISION)
-        b_a = tl.where(m_y, b_ax, b_a)
+    tl.store(near + place * BLOCKS + o_b, tl.min(b_near, 1).to(tl.int32))
+    o_pairs = place * (C * C) + o_c[:, None] * C + o_c[None, :]
+    if queries is not None:
+        b_ki = tile(r_ki)
+        b_a = pairs(r_x, r_y, b_ki, b_x, b_y, PRECISION)
+        tl.store(keys + o_pairs, b_a.to(dtype))
     b_factor = unit(joined(r_q), QK_L2NORM)
     tl.store(factors + o_c, b_factor.reshape([C]))
     r_unit = parts(b_factor * scale)
@@ -211,17 +226,9 @@ def intra_kernel(
         tl.store(p_q_in + t * BK, (b_qd * b_before).to(dtype))
         r_x += (b_qd.to(dtype),)
         r_y += ((b_qd * b_far).to(dtype),)
-    b_qd = tl.trans(tile(r_x))
-    b_m = tl.dot(b_qd, b_ki, input_precision=PRECISION)
-    b_ax = tl.dot(b_qd, b_x, input_precision=PRECISION)
-    b_m = tl.where(m_own, b_m, tl.where(m_x, b_ax, 0.0))
-    if BLOCKS == 4:
-        b_ax = tl.dot(tl.trans(tile(r_y)), b_y, input_precision=PRECISION)
-        b_m = tl.where(m_y, b_ax, b_m)
-    tl.store(near + place * BLOCKS + o_b, tl.min(b_near, 1).to(tl.int32))
-    o_pairs = o_c[:, None] * C + o_c[None, :]
-    tl.store(queries + o_pairs, b_m.to(dtype))
-    tl.store(keys + o_pairs, b_a.to(dtype))
+    if queries is not None:
+        b_m = pairs(r_x, r_y, b_ki, b_x, b_y, PRECISION)
+        tl.store(queries + o_pairs, b_m.to(dtype))
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
