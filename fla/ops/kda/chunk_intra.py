@@ -13,31 +13,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla.ops.kda.activations import L2NORM_EPS, beta_of, decay_of, log_decay
+from fla.ops.kda.activations import L2NORM_EPS, beta_of, decay_of
 from fla.ops.kda.halving import (
     ROOM,
     TILE,
+    between,
+    decays,
     gates_of,
     joined,
     level_mask,
+    load_bias,
     load_rate,
+    load_rows,
     parts,
     segment_mask,
     sums,
     tile,
+    weight_of,
 )
 from fla.ops.kda.slots import locate
-
-
-@triton.jit
-def _add(a0, a1, a2, a3, b0, b1, b2, b3):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
-
-
-@triton.jit
-def weight_of(exponent, FORGETS: tl.constexpr):
-    """exp2, which stays finite where gates may grow."""
-    return tl.exp2(exponent) if FORGETS else decay_of(exponent)
 
 
 @triton.jit
@@ -119,59 +113,16 @@ def intra_kernel(
     b_beta = tl.where(o_c < left, beta_of(b_beta, BETA_SIGMOID, BETA_RANGE), 0.0)
     tl.store(betas + place * C + o_c, b_beta)
 
-    # rows of all blocks, loads far ahead of their use
-    r_g = ()
-    r_k = ()
-    for t in tl.static_range(TILE):
-        r_g += (tl.load(p_g + t * (HV * K), m_k & (t < left_b), 0),)
-    for t in tl.static_range(TILE):
-        r_k += (tl.load(p_k + t * (H * K), m_k & (t < left_b), 0),)
+    # loads far ahead of their use
+    r_g = load_rows(p_g, HV * K, m_k, left_b)
+    r_k = load_rows(p_k, H * K, m_k, left_b)
 
     rate = load_rate(A_log, i_hv, GATE)
-    b_bias = tl.zeros([1, BK], tl.float32)
-    if GATE:
-        if dt_bias is not None:
-            b_bias = tl.load(dt_bias + i_hv * K + o_k, o_k < K, 0).to(tl.float32)[None, :]
-    b_zero = tl.zeros([BLOCKS, BK], tl.float32)
-    b_total = b_zero
-    r_decay = ()
-    for t in tl.static_range(TILE):
-        b_g = r_g[t].to(tl.float32)
-        if GATE:
-            b_g += b_bias
-        b_g = tl.where(m_k & (t < left_b), log_decay(b_g, rate, lower_bound, GATE), 0.0)
-        r_decay += (b_g,)
-        b_total += b_g
-
-    # totals of the blocks, to every block
-    is_1 = (o_b == 1)[:, None]
-    is_2 = (o_b == 2)[:, None]
-    is_3 = (o_b == 3)[:, None]
-    is_0 = (o_b == 0)[:, None]
-    t_0, t_1, t_2, t_3 = tl.reduce(
-        (
-            tl.where(is_0, b_total, 0.0),
-            tl.where(is_1, b_total, 0.0),
-            tl.where(is_2, b_total, 0.0),
-            tl.where(is_3, b_total, 0.0),
-        ),
-        0,
-        _add,
-    )
-    t_01 = t_0 + t_1
-    t_23 = t_2 + t_3
-    tl.store(decay + place * BK + o_k, decay_of(t_01 + t_23))
-    t_0 = t_0[None, :]
-    t_1 = t_1[None, :]
-    t_2 = t_2[None, :]
-    t_3 = t_3[None, :]
-    t_01 = t_01[None, :]
-    t_23 = t_23[None, :]
-    b_before = tl.where(is_0, 0.0, tl.where(is_1, t_0, tl.where(is_2, t_01, t_01 + t_2)))
-    b_behind = tl.where(is_0, t_1 + t_23, tl.where(is_1, t_23, tl.where(is_2, t_3, b_zero)))
-    b_far = decay_of(tl.where(is_0, t_1, tl.where(is_3, t_2, b_zero)))
-    b_before = decay_of(b_before)
-    b_behind = decay_of(b_behind)
+    b_bias = load_bias(dt_bias, o_k, i_hv, K, GATE)
+    r_decay, b_total = decays(r_g, m_k, left_b, b_bias, rate, lower_bound, GATE)
+    b_zero = tl.zeros_like(b_total)
+    b_before, b_behind, b_far, b_whole = between(b_total, o_b[:, None])
+    tl.store(decay + place * BK + o_k[None, :], decay_of(b_whole))
 
     # keys at the end of their blocks
     b_factor = unit(joined(r_k), QK_L2NORM)
@@ -189,9 +140,7 @@ def intra_kernel(
     if queries is not None:
         b_x = tile(r_x)
         b_y = tile(r_y)
-    r_q = ()
-    for t in tl.static_range(TILE):
-        r_q += (tl.load(p_q + t * (H * K), m_k & (t < left_b), 0),)
+    r_q = load_rows(p_q, H * K, m_k, left_b)
     r_x = ()
     r_y = ()
     r_ki = ()
