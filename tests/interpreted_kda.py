@@ -56,9 +56,12 @@ def agree(arguments, do, dstate, bound):
     """Compare with ``eager`` in fp64: o, the final state, and the gradient of every operand."""
     from fla.ops.kda import triton as kernels
 
-    found = dict(zip(("o", "final"), kernels.forward(*arguments), strict=False))
+    o, final, _, kept = kernels.forward(*arguments)
+    found = {"o": o, "final": final}
     expected = dict(zip(("o", "final"), eager.forward(*wide(arguments)), strict=False))
     found.update(zip(NAMES, kernels.backward(do, dstate, *arguments), strict=True))
+    again = kernels.backward(do, dstate, *arguments, kept)
+    assert all(torch.equal(found[name], x) for name, x in zip(NAMES, again, strict=True))
     reference = eager.backward(do.double(), dstate.double(), *wide(arguments))
     expected.update(zip(NAMES, reference, strict=True))
     errors = {name: relative_error(found[name], expected[name]) for name in expected}
@@ -189,7 +192,7 @@ def test_serving_in_place_without_slots():
     *tokens, given, cu_seqlens, options = arguments
     state, found = given.mT.contiguous().mT, torch.zeros_like(tokens[2])
     recurrent.serve(*tokens, state, found, cu_seqlens, None, None, options)
-    o, final, _ = eager.forward(*wide(arguments))
+    o, final, *_ = eager.forward(*wide(arguments))
     assert relative_error(found, o) < FP32 and relative_error(state, final) < FP32
     assert torch.equal(state[1], given[1])
 

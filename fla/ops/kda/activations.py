@@ -47,7 +47,9 @@ def softplus(x):
 
 @triton.jit
 def sigmoid(x):
-    return 1 / (1 + tl.exp2(-x * LOG2E))
+    """1 / (1 + exp(−x)), without a division, which takes four times as many instructions."""
+    y = 1 + tl.exp2(-x * LOG2E)
+    return tl.rsqrt(y * y)
 
 
 @triton.jit

@@ -44,12 +44,13 @@ _SHORT = 8
 
 
 def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options):
-    """Return o [B, T, HV, V], the final state and the states before the chunks."""
+    """Return o [B, T, HV, V], the final state, the states before the chunks and nothing kept."""
     walk = _Walk(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options)
     state = walk.pack_state(initial_state)
     if walk.stepwise:
         o, state = walk.step_through(state)
-        return o, walk.unpack_state(state) if options.output_final_state else absent(q), absent(q)
+        final = walk.unpack_state(state) if options.output_final_state else absent(q)
+        return o, final, absent(q), kept(q)
     chunks = walk.chunks
     o = chunks.buffer(v, *v.shape[2:])
     carry, h = Carry(chunks, state), []
@@ -65,10 +66,18 @@ def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options
         chunks.tokens(o),
         walk.unpack_state(carry.result) if options.output_final_state else absent(q),
         walk.pack_intermediate(h) if options.intermediate_states else absent(q),
+        kept(q),
     )
 
 
-def backward(do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options):
+def kept(q, *_):
+    """A backward pass makes all again."""
+    return absent(q)
+
+
+def backward(
+    do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, _=None
+):
     """Return the gradients of all that has one.
 
     Every decay is applied as a factor on q or k, D x; the gradient of its exponent is x D dx, which

@@ -80,7 +80,7 @@ def delta_engine(
         state = (initial_state, f"N HV {_tail(options)}")
         contract.operands(sizes, ("q", q), initial_state=state)
     operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu
-    o, final_state, h = _forward(*operands, *_scaled(options, sizes))
+    o, final_state, h, _ = _forward(*operands, *_scaled(options, sizes))
     return (
         o,
         final_state if options.output_final_state else None,
@@ -239,14 +239,14 @@ def _run_forward(
 
 
 def _run_backward(
-    q, do, dstate, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, *options
+    q, do, dstate, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, kept, *options
 ):
     options = Options(*options)
     if do is None:
         do = v.new_zeros(v.shape)
     operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
     engine = CHANNELWISE_BACKWARD if beta.dim() == 4 else ENGINE
-    return _stages(q, v, options, engine).backward(do, dstate, *operands, options)
+    return _stages(q, v, options, engine).backward(do, dstate, *operands, options, kept)
 
 
 def _run_serve(
@@ -272,10 +272,11 @@ def _fake_forward(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, cu_seqlen
     if options.intermediate_states:
         chunks = Sequences.of(q, cu_seqlens).most_chunks(options.chunk_size)
         h = k.new_empty(B, chunks, HV, *tail)
-    return v.new_empty(v.shape), final, h
+    kept = _stages(q, v, options).kept(q, v, cu_seqlens, options)
+    return v.new_empty(v.shape), final, h, kept
 
 
-def _fake_backward(q, do, dstate, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, *options):
+def _fake_backward(q, do, dstate, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, kept, *options):
     return tuple(
         absent(q) if each is None else each.new_empty(each.shape)
         for each in (q, k, v, g, beta, A_log, dt_bias, state)
@@ -290,13 +291,13 @@ _OPTIONS = (
 )
 _forward = Operator(
     f"delta_forward(Tensor q, {_OPERANDS}, Tensor? initial_state, Tensor? cu_seqlens, "
-    f"Tensor? cu_seqlens_cpu, {_OPTIONS}) -> (Tensor o, Tensor state, Tensor h)",
+    f"Tensor? cu_seqlens_cpu, {_OPTIONS}) -> (Tensor o, Tensor state, Tensor h, Tensor kept)",
     _run_forward,
     _fake_forward,
 )
 _backward = Operator(
     f"delta_backward(Tensor q, Tensor? do, Tensor? dstate, {_OPERANDS}, Tensor? initial_state, "
-    f"Tensor? cu_seqlens, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, "
+    f"Tensor? cu_seqlens, Tensor kept, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, "
     "Tensor dbeta, Tensor dA_log, Tensor ddt_bias, Tensor dstate)",
     _run_backward,
     _fake_backward,
@@ -311,14 +312,15 @@ _serve = Operator(
 
 def _save(ctx, inputs, output) -> None:
     q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, _, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens)
-    ctx.mark_non_differentiable(output[2])
+    h, kept = output[2:]
+    ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, kept)
+    ctx.mark_non_differentiable(h, kept)
 
 
-def _gradients(ctx, do, dstate, _):
-    q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens = ctx.saved_tensors
+def _gradients(ctx, do, dstate, *_):
+    q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, kept = ctx.saved_tensors
     gradients = _backward(
-        q, do, dstate, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, *ctx.options
+        q, do, dstate, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, kept, *ctx.options
     )
     optional = (A_log, dt_bias, state)
     gradients = (

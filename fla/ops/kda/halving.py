@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla.ops.kda.activations import log_decay
+from fla.ops.kda.activations import decay_of, log_decay
 
 # Tokens of a tile.
 TILE = tl.constexpr(16)
@@ -116,6 +116,16 @@ def load_rate(A_log, i_hv, GATE: tl.constexpr):
 
 
 @triton.jit
+def load_bias(dt_bias, o_k, i_hv, K, GATE: tl.constexpr):
+    """The bias of a head's gates, [1, BK]."""
+    b_bias = tl.zeros([1, o_k.shape[0]], tl.float32)
+    if GATE:
+        if dt_bias is not None:
+            b_bias = tl.load(dt_bias + i_hv * K + o_k, o_k < K, 0).to(tl.float32)[None, :]
+    return b_bias
+
+
+@triton.jit
 def gates_of(b_raw, rate, dt_bias, lower_bound, o_k, m, i_hv, K, GATE: tl.constexpr):
     """Gates with their bias, and log-decays in units of log 2, of raw gates on their side."""
     b_x = b_raw.to(tl.float32)
@@ -123,3 +133,121 @@ def gates_of(b_raw, rate, dt_bias, lower_bound, o_k, m, i_hv, K, GATE: tl.conste
         if dt_bias is not None:
             b_x += tl.load(dt_bias + i_hv * K + o_k, o_k < K, 0).to(tl.float32)[:, None]
     return b_x, tl.where(m, log_decay(b_x, rate, lower_bound, GATE), 0.0)
+
+
+@triton.jit
+def tile(rows):
+    """Rows [BLOCKS, BK], token t of every block, as one tile on its side, [BK, BLOCKS * TILE]."""
+    N: tl.constexpr = rows[0].shape[0]
+    BK: tl.constexpr = rows[0].shape[1]
+    return joined(rows).reshape([N, BK, TILE]).permute(1, 0, 2).reshape([BK, N * TILE])
+
+
+@triton.jit
+def rows_of(b_x):
+    """The rows of a ``tile``."""
+    N: tl.constexpr = b_x.shape[1] // TILE
+    BK: tl.constexpr = b_x.shape[0]
+    return parts(b_x.reshape([BK, N, TILE]).permute(1, 0, 2).reshape([N, BK, 2, 2, 2, 2]))
+
+
+@triton.jit
+def load_rows(p, stride, m, left, MASKED: tl.constexpr = True):
+    """Tokens 0 to 15 of every block at ``p``, ``stride`` apart, as far as ``left`` goes."""
+    rows = ()
+    for t in tl.static_range(TILE):
+        if MASKED:
+            rows += (tl.load(p + t * stride, m & (t < left), 0),)
+        else:
+            rows += (tl.load(p + t * stride),)
+    return rows
+
+
+@triton.jit
+def decays(rows, m, left, b_bias, rate, lower_bound, GATE: tl.constexpr):
+    """Log-decays in units of log 2 of rows of raw gates, and their sums over each block."""
+    b_total = tl.zeros([left.shape[0], m.shape[1]], tl.float32)
+    r_decay = ()
+    for t in tl.static_range(TILE):
+        b_x = rows[t].to(tl.float32)
+        if GATE:
+            b_x += b_bias
+        b_x = tl.where(m & (t < left), log_decay(b_x, rate, lower_bound, GATE), 0.0)
+        r_decay += (b_x,)
+        b_total += b_x
+    return r_decay, b_total
+
+
+@triton.jit
+def weight_of(exponent, FORGETS: tl.constexpr):
+    """exp2, which stays finite where gates may grow."""
+    return tl.exp2(exponent) if FORGETS else decay_of(exponent)
+
+
+@triton.jit
+def _add(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def over_blocks(b_0, b_1, b_2, b_3):
+    """Sums over blocks [1, BK] of up to four times [BLOCKS, BK]."""
+    t_0, t_1, t_2, t_3 = tl.reduce((b_0, b_1, b_2, b_3), 0, _add)
+    return t_0[None, :], t_1[None, :], t_2[None, :], t_3[None, :]
+
+
+@triton.jit
+def select(o_b, x_0, x_1, x_2, x_3):
+    """Of four values that of each block, [BLOCKS, BK]."""
+    return tl.where(o_b == 0, x_0, tl.where(o_b == 1, x_1, tl.where(o_b == 2, x_2, x_3)))
+
+
+@triton.jit
+def between(b_total, o_b):
+    """Decays from the chunk's start to each block, from its end to the chunk's, and between halves.
+
+    From totals of log-decays [BLOCKS, BK]; the last are those over the blocks 1 and 2, which rows
+    of block 3 and keys of block 0 pass to meet the other half.  Then the log-decay of the chunk.
+    """
+    b_zero = tl.zeros_like(b_total)
+    t_0, t_1, t_2, t_3 = over_blocks(
+        tl.where(o_b == 0, b_total, 0.0),
+        tl.where(o_b == 1, b_total, 0.0),
+        tl.where(o_b == 2, b_total, 0.0),
+        tl.where(o_b == 3, b_total, 0.0),
+    )
+    t_01 = t_0 + t_1
+    t_23 = t_2 + t_3
+    b_before = decay_of(select(o_b, b_zero, t_0, t_01, t_01 + t_2))
+    b_behind = decay_of(select(o_b, t_1 + t_23, t_23, t_3, b_zero))
+    b_far = decay_of(select(o_b, t_1, b_zero, b_zero, t_2))
+    return b_before, b_behind, b_far, t_01 + t_23
+
+
+@triton.jit
+def joined(rows):
+    """16 blocks as one, with four axes of 2 behind the others."""
+    a = ()
+    for t in tl.static_range(8):
+        a += (tl.join(rows[t], rows[t + 8]),)
+    b = ()
+    for t in tl.static_range(4):
+        b += (tl.join(a[t], a[t + 4]),)
+    return tl.join(tl.join(b[0], b[2]), tl.join(b[1], b[3]))
+
+
+@triton.jit
+def parts(b_x):
+    """What was ``joined``."""
+    a = tl.split(b_x)
+    b = tl.split(a[0]) + tl.split(a[1])
+    c = ()
+    for i in tl.static_range(4):
+        c += tl.split(b[i])
+    d = ()
+    for i in tl.static_range(8):
+        d += tl.split(c[i])
+    return (
+        d[0], d[8], d[4], d[12], d[2], d[10], d[6], d[14],
+        d[1], d[9], d[5], d[13], d[3], d[11], d[7], d[15],
+    )  # fmt: skip

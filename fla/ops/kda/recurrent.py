@@ -131,7 +131,7 @@ def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options
         initial_state = initial_state.contiguous()
     operands = q, k, v, g, beta, A_log, dt_bias, cu_seqlens
     _launch(*operands, initial_state, o, final, None, None, options, in_place=False)
-    return o, absent(q) if final is None else final, absent(q)
+    return o, absent(q) if final is None else final, absent(q), absent(q)
 
 
 def serve(q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, accepted, options):

@@ -4,7 +4,7 @@ Forward: what each chunk is to the state and its tokens to one another (``chunk_
 triangular system (``wy_fast``), then the scan over chunks with the output fused into it
 (``chunk_inter``).  Backward: the chunks' operands again, the scan of the states and that of their
 gradients in one grid, the products over value channels, and what they mean for q, k and the gates
-(``chunk_gradients``).  Nothing is saved in between but the inputs.
+(``chunk_gradients``).  Saved in between are the inputs, M and Y.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fla.ops.common.boundary import absent
 from fla.ops.kda import recurrent
 from fla.ops.kda.chunk_gradients import gradients_kernel, through_states_kernel, unit_kernel
 from fla.ops.kda.chunk_inter import advance_kernel, join_kernel, scans_kernel
-from fla.ops.kda.chunk_intra import intra_kernel
+from fla.ops.kda.chunk_intra import halving_kernel, intra_kernel
 from fla.ops.kda.slots import rows_and_slots
 from fla.ops.kda.wy_fast import adjoint_kernel, solve_kernel
 
@@ -34,9 +34,11 @@ class Launch(NamedTuple):
 
 # Tiles [32, 16] of two warps: products of warps, whose operands need no barrier of a warpgroup, in
 # a loop over channels short enough for the instruction cache.
-INTRA = Launch(32, 2)
+INTRA = Launch(128, 4)
 # Sᵀ [64, BK] is one warpgroup's accumulator; with V split in two, 64 heads fill the chip.
 SCAN = Launch(64, 4)
+# Where one operand of a token takes 1 KB, four warps would spill half of them.
+WIDE_SCAN = Launch(64, 8)
 # Both scans at once fill it with V whole: two warpgroups, and operands are read once.
 SCANS = Launch(128, 8, 2)
 # The next block of V is on its way while one is multiplied.
@@ -61,7 +63,7 @@ def pipeline(BK: int, dtype: torch.dtype) -> int:
 
 
 def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options):
-    """Return o [B, T, HV, V], the final state and the states before the chunks."""
+    """Return o [B, T, HV, V], the final state, the states before the chunks, and M and Y."""
     if not options.chunk_size:
         operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
         return recurrent.forward(*operands, options)
@@ -69,17 +71,27 @@ def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options
     o = torch.empty_like(call.v)
     final = call.new_state() if options.output_final_state else None
     h = call.new_intermediate() if options.intermediate_states else None
+    pairs = kept(q, v, cu_seqlens, options)
     if call.empty:
         if final is not None:
             final.copy_(initial_state) if initial_state is not None else final.zero_()
     else:
-        call.intra()
+        call.intra(pairs, made=False)
         call.advance(o, initial_state, final, h)
-    return o, absent(q) if final is None else final, absent(q) if h is None else h
+    return o, absent(q) if final is None else final, absent(q) if h is None else h, pairs
 
 
-def backward(do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options):
-    """Return the gradients of all that has one."""
+def kept(q, v, cu_seqlens, options):
+    """Room for M and Y of all chunks, which a backward pass reads again."""
+    if options.chunk_size == 0 or q.numel() == 0 or v.numel() == 0:
+        return absent(q)
+    return _pairs(q, v, cu_seqlens, options)
+
+
+def backward(
+    do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, pairs=None
+):
+    """Return the gradients of all that has one; ``pairs`` is what the forward pass kept."""
     call = _Call(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options)
     dinitial = None if initial_state is None else initial_state.new_empty(initial_state.shape)
     if call.empty:
@@ -88,13 +100,33 @@ def backward(do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seq
         gradients = call.no_gradients()
     else:
         do = do.contiguous()
-        call.intra()
+        made = pairs is not None and pairs.numel() > 0
+        call.intra(pairs if made else _pairs(q, v, cu_seqlens, options), made)
         call.scans(do, initial_state, dstate, dinitial)
         gradients = call.gradients(do)
     return *gradients, absent(q) if dinitial is None else dinitial
 
 
 serve = recurrent.serve
+
+
+def _tiles(q: Tensor, options) -> tuple[torch.dtype, int, int]:
+    """What workspaces hold, and how many channels and tokens a tile has.
+
+    The recurrent form is short and, token by token, exact: so is its gradient.  fp16 has as many
+    bits as tf32, which tensor cores cut off rather than round.
+    """
+    exact = q.dtype != torch.bfloat16 or options.chunk_size == 0
+    dtype = torch.float32 if exact else torch.bfloat16
+    BK = max(triton.next_power_of_2(int(q.shape[-1])), 64)
+    return dtype, BK, chunk(BK, dtype)
+
+
+def _pairs(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options) -> Tensor:
+    """Room for M and Y, [2, slots, HV, C, C]."""
+    dtype, _, C = _tiles(q, options)
+    _, slots = rows_and_slots(q.shape[0], q.shape[1], cu_seqlens, C)
+    return q.new_empty(2, slots, v.shape[2], C, C, dtype=dtype)
 
 
 class _Call:
@@ -114,24 +146,21 @@ class _Call:
         self.HV, self.V = v.shape[2:]
         self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.empty = q.numel() == 0 or v.numel() == 0
-        # The recurrent form is short and, token by token, exact: so is its gradient.  fp16 has as
-        # many bits as tf32, which tensor cores cut off rather than round.
-        exact = q.dtype != torch.bfloat16 or options.chunk_size == 0
-        self.dtype = torch.float32 if exact else torch.bfloat16
-        self.BK = max(triton.next_power_of_2(self.K), 64)
+        self.dtype, self.BK, self.C = _tiles(q, options)
         self.stages = pipeline(self.BK, self.dtype)
-        self.C = chunk(self.BK, self.dtype)
+        self.scan = WIDE_SCAN if self.BK * self.dtype.itemsize > 512 else SCAN
         self.rows, self.slots = rows_and_slots(self.B, self.T, cu_seqlens, self.C)
         self.common = {
             "C": self.C,
             "BK": self.BK,
-            "PRECISION": "tf32x3" if exact else "tf32",
+            "PRECISION": "tf32" if self.dtype == torch.bfloat16 else "tf32x3",
         }
         self.beta_flags = {
             "BETA_SIGMOID": options.beta_sigmoid,
             "BETA_RANGE": 2 if options.neg_eigval else 1,
         }
         self.lower_bound = options.lower_bound if options.gate else None
+        self.forgets = options.gate and (self.lower_bound is None or self.lower_bound <= 0)
 
     def workspace(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.q.new_empty(self.slots, self.HV, *shape, dtype=dtype or self.dtype)
@@ -154,26 +183,38 @@ class _Call:
         n, h, first, second = state.stride()
         return (n, h, first, second) if self.options.state_v_first else (n, h, second, first)
 
-    def intra(self) -> None:
+    def intra(self, pairs: Tensor, made: bool) -> None:
+        """What the scans read of each chunk; M and Y, ``pairs``, unless they are ``made``."""
         C, BK = self.C, self.BK
         self.q_in, self.k_in, self.k_out = (self.workspace(C, BK) for _ in range(3))
         self.decay = self.workspace(BK, dtype=torch.float32)
         self.betas = self.workspace(C, dtype=torch.float32)
-        self.queries, self.solver = (self.workspace(C, C) for _ in range(2))
+        self.queries, self.solver = pairs.unbind(0)
         self.factors = self.workspace(2, C, dtype=torch.float32)
+        self.near = self.workspace(C // 16, dtype=torch.int32)
         intra_kernel[(self.slots * self.HV,)](
-            self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens,
-            self.q_in, self.k_in, self.k_out, self.decay, self.factors, self.queries, self.solver,
+            self.q, self.k, self.g, self.beta, self.A_log, self.dt_bias, self.cu_seqlens,
+            self.q_in, self.k_in, self.k_out, self.decay, self.betas, self.factors, self.near,
+            None if made else self.queries, None if made else self.solver,
             self.options.scale, self.lower_bound,
             self.T, self.rows, self.H, self.HV, self.K,
-            **self.common, BLOCK=INTRA.block,
-            QK_L2NORM=self.options.qk_l2norm, GATE=self.options.gate,
+            **self.common, **self.beta_flags,
+            QK_L2NORM=self.options.qk_l2norm, GATE=self.options.gate, FORGETS=self.forgets,
             num_warps=INTRA.warps, num_stages=INTRA.stages,
         )  # fmt: skip
+        if made:
+            return
+        halving_kernel[(self.slots * self.HV,)](
+            self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens,
+            self.factors, self.near, self.queries, self.solver,
+            self.options.scale, self.lower_bound,
+            self.T, self.rows, self.H, self.HV, self.K,
+            **self.common, GATE=self.options.gate, num_warps=4, num_stages=1,
+        )  # fmt: skip
         solve_kernel[(self.slots * self.HV,)](
-            self.beta, self.cu_seqlens, self.solver, self.betas, self.T, self.rows, self.HV,
-            C=C, LEVELS=C.bit_length() - 1, **self.beta_flags,
-            PRECISION=self.common["PRECISION"], num_warps=C // 16, num_stages=1,
+            self.cu_seqlens, self.betas, self.solver, self.T, self.rows, self.HV,
+            C=C, LEVELS=C.bit_length() - 1, PRECISION=self.common["PRECISION"],
+            num_warps=C // 16, num_stages=1,
         )  # fmt: skip
 
     def _segment(self, programs: int) -> int:
@@ -207,7 +248,7 @@ class _Call:
         )  # fmt: skip
 
     def advance(self, o, state, final, h) -> None:
-        BV, VP = SCAN.block, triton.cdiv(self.V, 64) * 64
+        BV, VP = self.scan.block, triton.cdiv(self.V, 64) * 64
         segment = self._segment(self.N * self.HV * (VP // BV))
         _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
         strides, nowhere = self.strides(state), (0, 0, 0, 0)
@@ -218,7 +259,7 @@ class _Call:
                 o, h, nowhere if h is None else self.strides(h[0]), None, final, final_strides,
                 *self._sizes(segment), **self.common, BV=BV, VP=VP, COLUMNS=columns,
                 SUMMARISE=columns > VP, EVERY=0 if h is None else self.options.chunk_size // self.C,
-                num_warps=SCAN.warps, num_stages=self.stages,
+                num_warps=self.scan.warps, num_stages=self.stages,
             )  # fmt: skip
 
         if segment <= self.T:
@@ -231,7 +272,7 @@ class _Call:
     def scans(self, do, state, dstate, dinitial) -> None:
         VP = triton.cdiv(self.V, 64) * 64
         whole = self.C == 64 and self.BK == VP == SCANS.block
-        BV, warps, stages = SCANS if whole else SCAN._replace(stages=self.stages)
+        BV, warps, stages = SCANS if whole else self.scan._replace(stages=self.stages)
         segment = self._segment(2 * self.N * self.HV * (VP // BV))
         _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
         self.values, self.solved = (self.workspace(self.C, VP) for _ in range(2))
@@ -265,9 +306,8 @@ class _Call:
         """Gradients take the place of the operands that the scans have used."""
         C, VP, PRECISION = self.C, self.values.shape[-1], self.common["PRECISION"]
         dv, dg, dbeta = (torch.empty_like(x) for x in (self.v, self.g, self.beta))
-        dq_in, dk_in, dk_out, dqueries, dkeys = (
-            self.q_in, self.k_in, self.k_out, self.queries, self.solver
-        )  # fmt: skip
+        dq_in, dk_in, dk_out = self.q_in, self.k_in, self.k_out
+        dqueries, dkeys = (self.workspace(C, C) for _ in range(2))
         own, through = torch.empty_like(self.betas), torch.empty_like(self.decay)
         adjoint_kernel[(self.slots * self.HV,)](
             do, self.beta, self.cu_seqlens, self.betas, self.values, self.solved,

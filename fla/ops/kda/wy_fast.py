@@ -16,18 +16,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla.ops.kda.activations import beta_backward, beta_of
+from fla.ops.kda.activations import beta_backward
 from fla.ops.kda.halving import level_mask
 from fla.ops.kda.slots import locate
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def solve_kernel(
-    beta, cu_seqlens, keys, betas, T, rows, HV,
-    C: tl.constexpr, LEVELS: tl.constexpr, BETA_SIGMOID: tl.constexpr, BETA_RANGE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    cu_seqlens, betas, keys, T, rows, HV,
+    C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """−Y [C, C] in place of A (``keys``, below the diagonal), and activated betas [C], of a chunk.
+    """−Y [C, C] in place of A (``keys``, below the diagonal), of a chunk.
 
     The inverse X of the blocks of s on the diagonal of I + β A grows to those of 2s: with L_s the
     pairs of β A whose row lies in the second half and whose column in the first half of such a
@@ -39,18 +38,15 @@ def solve_kernel(
     """
     i_slot = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV
-    i_n, i_c, start, length = locate(cu_seqlens, i_slot, rows, T, C)
+    i_n, i_c, _, length = locate(cu_seqlens, i_slot, rows, T, C)
     if cu_seqlens is not None:
         length = tl.where(i_n == rows - 1, 0, length)
     if i_c * C >= length:
         return
     dtype: tl.constexpr = keys.dtype.element_ty
     o_c = tl.arange(0, C)
-    m_t = i_c * C + o_c < length
     place = (i_slot.to(tl.int64) * HV + i_hv) * C + o_c
-    b_beta = tl.load(beta + (start + i_c * C + o_c) * HV + i_hv, m_t, 0).to(tl.float32)
-    b_beta = tl.where(m_t, beta_of(b_beta, BETA_SIGMOID, BETA_RANGE), 0.0)
-    tl.store(betas + place, b_beta)
+    b_beta = tl.load(betas + place)
     p_keys = keys + place[:, None] * C + o_c[None, :]
     b_a = tl.load(p_keys, o_c[None, :] < o_c[:, None], 0)  # [C, C]
     b_l = (b_a.to(tl.float32) * -b_beta[:, None]).to(dtype)  # −L
