@@ -100,7 +100,9 @@ class Call:
         programs = self.H * cdiv(X, line.BX) * cdiv(Z, line.BZ)
         if programs * self.sequences.B * 2 > many:
             return 0
-        chunks = cdiv(cdiv(self.tokens, CHUNK) * programs, many)
+        # twice as many programs as run at once: to be summarised, a segment is read once more, and
+        # half a segment takes half the time
+        chunks = cdiv(cdiv(self.tokens, CHUNK), 2 * many // programs)
         segment = max(chunks, _SHORTEST_SEGMENT) * CHUNK
         return 0 if segment >= self.T else segment
 

@@ -11,7 +11,7 @@ from fla.ops.common.kernels import sequence
 from fla.ops.common.launch import launch
 from fla.ops.simple_gla.blocks import Call
 
-_BLOCK = 1024
+_BLOCK, _WARPS = 2048, 8
 
 
 @triton.jit(do_not_specialize=["N", "T", "tokens", "H"])
@@ -67,6 +67,7 @@ def gate_gradient(
         "SIZE": call.K * call.V,
         "BLOCK": _BLOCK,
         "REVERSE": call.constants["REVERSE"],
+        "num_warps": _WARPS,
     }
     launch(
         gate_kernel,

@@ -49,6 +49,23 @@ def store_state(p, b_s, o_x, o_z, X: tl.constexpr, Z: tl.constexpr, TURNED: tl.c
     tl.store(p, b_s.to(p.dtype.element_ty), mask=m)
 
 
+@triton.jit
+def leading(x, PRECISION: tl.constexpr):
+    """The digits of x that an operand holds.
+
+    To convert x and back would take four times as long.
+    """
+    kept: tl.constexpr = -0x10000 if PRECISION is None else -0x2000
+    return (x.to(tl.int32, bitcast=True) & kept).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """x as an operand holds it."""
+    half: tl.constexpr = 0x8000 if PRECISION is None else 0x1000
+    return leading((x.to(tl.int32, bitcast=True) + half).to(tl.float32, bitcast=True), PRECISION)
+
+
 @triton.jit(do_not_specialize=["N", "T", "tokens", "segment", "scale"])
 def walk_kernel(
     x, y, z, out, new_norm, norm, dnorm, beside, rows, sums, rests, g_gamma,
@@ -74,6 +91,7 @@ def walk_kernel(
     NZ: tl.constexpr = (Z + BZ - 1) // BZ
     BACK: tl.constexpr = REVERSE != GRADIENT
     GATED: tl.constexpr = (sums is not None) or (g_gamma is not None)
+    NORMED: tl.constexpr = (norm is not None) and not GRADIENT
     SPLIT: tl.constexpr = rows is not None and PRECISION != "tf32x3"
     KV: tl.constexpr = X * Z + (Z if TURNED else X)  # of a state with z behind it
     pid = tl.program_id(0)
@@ -153,32 +171,35 @@ def walk_kernel(
                 b_x = b_x.to(tl.float32)
                 b_y = b_y.to(tl.float32)
                 b_z = b_z.to(tl.float32)
-            b_h = operand(b_s, D, PRECISION)
+            b_h = operand(leading(b_s, PRECISION) if SPLIT else b_s, D, PRECISION)
+            if SPLIT:
+                b_l = operand(b_s - leading(b_s, PRECISION), D, PRECISION)
             b_o = product(b_x, b_h, None, PRECISION)  # [C, BZ]
             if SPLIT:
-                b_h = operand(b_s - b_h.to(tl.float32), D, PRECISION)
-                b_o = product(b_x, b_h, b_o, PRECISION)
+                b_o = product(b_x, b_l, b_o, PRECISION)
             if dnorm is not None:
                 m_n = m_t & (i_x == 0)
                 b_d = tl.load(dnorm + (token + o_c) * H + i_h, mask=m_n, other=0.0)
                 b_o += b_e[None, :] if GRADIENT else b_d[:, None] * b_e[None, :]
+            if norm is not None:
+                b_n = 1.0 / tl.load(norm + (token + o_c) * H + i_h, mask=m_t, other=1.0)
             b_u = b_z
             if GATED:
                 b_into, b_out, s_all = step_weights(sums, rests, gamma, token, there, C, REVERSE)
-                b_o *= (b_out if GRADIENT else b_into)[:, None]
                 b_k = b_into if GRADIENT else b_out
+                b_q = b_out if GRADIENT else b_into
+                if SPLIT:
+                    # the other walk's states hold this row with its weight and rounded
+                    b_f = b_beside * (b_q * b_n if NORMED else b_q)[:, None]
+                    b_f = rounded(b_f, PRECISION) - b_f
+                    b_r = tl.sum(b_o * b_f, 1)
+                b_o *= b_q[:, None]
                 b_s *= power(s_all)
-            if norm is not None:
-                b_n = 1.0 / tl.load(norm + (token + o_c) * H + i_h, mask=m_t, other=1.0)
-                if GRADIENT:
-                    b_k = b_k * b_n if GATED else b_n
+            if norm is not None and GRADIENT:
+                b_k = b_k * b_n if GATED else b_n
             if GATED or (norm is not None and GRADIENT):
-                b_f = b_z * b_k[:, None]
-                b_u = operand(b_f, D, PRECISION)
+                b_u = operand(b_z * b_k[:, None], D, PRECISION)
             b_s = product(tl.trans(b_y), b_u, b_s, PRECISION)
-            if SPLIT:
-                b_l = operand(b_f - b_u.to(tl.float32), D, PRECISION)
-                b_s = product(tl.trans(b_y), b_l, b_s, PRECISION)
             b_a = product(b_x, tl.trans(b_y), None, PRECISION)  # [C of x, C of y]
             if dnorm is not None:
                 b_a += b_d[None, :] if GRADIENT else b_d[:, None]
@@ -191,7 +212,7 @@ def walk_kernel(
             if norm is not None and GRADIENT:
                 b_a *= b_n[None, :]
             b_o = product(operand(b_a, D, PRECISION), b_z, b_o, PRECISION) * scale
-            if norm is not None and not GRADIENT:
+            if NORMED:
                 b_o *= b_n[:, None]
             if dnorm is not None:
                 if GATED:
@@ -217,8 +238,10 @@ def walk_kernel(
             m_o = (o_c < length - c * C)[:, None] & m_z
             tl.store(out + at_z + p_z, b_o.to(out.dtype.element_ty), mask=m_o)
             if rows is not None:
-                b_r = tl.sum(b_o * b_beside.to(tl.float32), 1)  # [C]
-                tl.store(rows + token + o_c, b_r, mask=m_t)
+                b_t = tl.sum(b_o * b_beside.to(tl.float32), 1)  # [C]
+                if SPLIT:
+                    b_t += b_r * scale
+                tl.store(rows + token + o_c, b_t, mask=m_t)
         if end is not None:
             p = end + at * (X * Z)
             store_state(p, b_s * s_held, o_x, o_z, X, Z, TURNED != V_FIRST, closes)
@@ -231,7 +254,7 @@ def walk_kernel(
 # ahead of it, and no line may spill a register inside it, which costs more than all else.
 LINES = (
     Line(2, 64, 64, 64, 4, 3, shared=99),
-    Line(2, 128, 128, 64, 4, 3, shared=160),  # 128 programs for 64 heads of 128
+    Line(2, 128, 128, 64, 4, 3, shared=162),  # 128 programs for 64 heads of 128
     Line(2, 512, 256, 64, 8, 2, shared=227),  # eight warps hold the state without spilling
     Line(2, 512, 64, 64, 4, 2, shared=99),  # for GPUs with little shared memory
     Line(4, 512, 64, 64, 4, 2, shared=99),  # tf32x3 holds each operand twice
