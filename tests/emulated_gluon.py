@@ -39,7 +39,11 @@ class Value:
     dtype = property(lambda self: self.x.dtype)
     shape = property(lambda self: list(self.x.shape))
 
-    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Value:
+    type = types.SimpleNamespace(layout=types.SimpleNamespace(parent="layout"))
+
+    def to(self, dtype: Any, bitcast: bool = False) -> Value:
+        if dtype == "uint32":  # which PyTorch does not compare
+            return Value(self.x.long() & 0xFFFFFFFF)
         return Value(self.x.view(dtype) if bitcast else self.x.to(dtype))
 
     def reshape(self, shape: list[int]) -> Value:
@@ -401,6 +405,8 @@ def _modules() -> dict[str, Any]:
     language = types.SimpleNamespace(
         constexpr=constexpr,
         float32=torch.float32,
+        float64=torch.float64,
+        uint32="uint32",
         int32=torch.int32,
         int64=torch.int64,
         program_id=lambda axis: Value(_program.id),
@@ -408,8 +414,13 @@ def _modules() -> dict[str, Any]:
         arange=lambda start, stop, layout=None: Value(torch.arange(start, stop)),
         zeros=lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=dtype)),
         full=lambda shape, x, dtype, layout=None: Value(torch.full(shape, x, dtype=dtype)),
+        zeros_like=lambda x: Value(torch.zeros_like(x.x)),
+        to_tensor=Value,
+        num_warps=lambda: 4,
         exp2=lambda x: Value(torch.exp2(x.x)),
-        sum=lambda x, axis: Value(x.x.sum(axis)),
+        log2=lambda x: Value(torch.log2(x.x)),
+        sum=lambda x, axis=None: Value(x.x.sum() if axis is None else x.x.sum(axis)),
+        max=lambda x, axis: Value(x.x.amax(axis)),
         cdiv=lambda a, b: (a + b - 1) // b,
         where=where,
         minimum=minimum,
@@ -458,18 +469,23 @@ def _modules() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def emulated(*names: str) -> Iterator[list[Any]]:
-    """Yields the modules ``names``, of which each may import those before it, over the stand-in."""
+def emulated(*names: str, for_triton: bool = False) -> Iterator[list[Any]]:
+    """Yields the modules ``names``, of which each may import those before it, over the stand-in.
+
+    Which is one for Triton too, if they call its functions from kernels in Gluon.
+    """
     import triton.experimental
     import triton.language.core as core
 
     modules = _modules()
     gluon = modules["triton.experimental.gluon"]
-    with (
-        mock.patch.dict(sys.modules, modules),
-        mock.patch.object(triton.experimental, "gluon", gluon, create=True),
-        mock.patch.object(core, "_aggregate", lambda cls: cls),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(sys.modules, modules))
+        stack.enter_context(mock.patch.object(triton.experimental, "gluon", gluon, create=True))
+        stack.enter_context(mock.patch.object(core, "_aggregate", lambda cls: cls))
+        if for_triton:
+            stack.enter_context(mock.patch.object(triton, "jit", jit))
+            stack.enter_context(mock.patch.object(triton, "language", gluon.language))
         for name in names:
             sys.modules.pop(name, None)
         yield [importlib.import_module(name) for name in names]

@@ -136,6 +136,17 @@ class Call:
 
 
 @triton.jit
+def sequence_at(cu_seqlens, slot, N, BLOCK, o_s):
+    """Which packed sequence owns a slot; o_s are the numbers below SEARCH, which Gluon lays out."""
+    n = slot * 0
+    for at in range(0, N, SEARCH):
+        o_n = at + 1 + o_s
+        b_bos = tl.load(cu_seqlens + o_n, mask=o_n <= N, other=0).to(tl.int32)
+        n += tl.sum(((b_bos // BLOCK + o_n <= slot) & (o_n <= N)).to(tl.int32))
+    return n
+
+
+@triton.jit
 def own(cu_seqlens, i, N, T, HEADS: tl.constexpr, BLOCK, LAST_FIRST: tl.constexpr):
     """What program i of ``Call.blocks`` × HEADS owns: a head of block i_b of sequence n.
 
@@ -155,11 +166,7 @@ def own(cu_seqlens, i, N, T, HEADS: tl.constexpr, BLOCK, LAST_FIRST: tl.constexp
         slot = i // HEADS
         if LAST_FIRST:
             slot = tl.num_programs(0) // HEADS - 1 - slot
-        n = slot * 0
-        for at in range(0, N, SEARCH):
-            o_n = at + 1 + tl.arange(0, SEARCH)
-            b_bos = tl.load(cu_seqlens + o_n, mask=o_n <= N, other=0).to(tl.int32)
-            n += tl.sum(((b_bos // BLOCK + o_n <= slot) & (o_n <= N)).to(tl.int32))
+        n = sequence_at(cu_seqlens, slot, N, BLOCK, tl.arange(0, SEARCH))
         i_b = slot - n - tl.load(cu_seqlens + n).to(tl.int32) // BLOCK
     bos, length, live = sequence(cu_seqlens, n, N, T, T)
     return i_h, n, i_b, bos, length, live

@@ -40,7 +40,7 @@ from fla.ops.common.hopper import (
     wait_before,
     wait_for,
 )
-from fla.ops.common.kernels import cdiv
+from fla.ops.common.kernels import cdiv, dense
 from fla.ops.common.launch import launch
 
 # Shorter calls, and calls of fewer blocks of keys, have not been measured
@@ -421,7 +421,7 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     """Return the gradients of q, k, v, g and the sink."""
     if g is None and sink_bias is None and cu_seqlens is None and _takes(q, v, options):
         signed, scale = portable.rising(q, options.scale)
-        tensors = portable.dense(do, signed, k, v, o)
+        tensors = dense(do, signed, k, v, o)
         if all(x.data_ptr() % 16 == 0 for x in tensors):
             dq, dk, dv = run_backward(Call(q, v, None, scale, None), *tensors, lse)
             dq = dq if scale == options.scale else dq.neg_()

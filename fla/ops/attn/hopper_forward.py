@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -14,118 +16,231 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fla.ops.attn import triton as portable
-from fla.ops.attn.blocks import LEAST, LOG2E, Call
+from fla.ops.attn.blocks import (
+    LEAST,
+    LOG2E,
+    SEARCH,
+    SPAN,
+    Call,
+    along_time,
+    first_interval_needed,
+    first_slot,
+    gate_marks,
+    gate_sums,
+    gates,
+    gates_within,
+    largest_norm,
+    own,
+    sees,
+    sequence_at,
+    tile,
+)
 from fla.ops.common.hopper import (
-    CONSUMER_REGISTERS,
-    PRODUCER_REGISTERS,
+    along,
+    arrive,
     at_turn,
     descriptor,
+    new_barriers,
     new_ring,
     new_tiles,
     turns,
+    vectors,
+    wait_for,
 )
-from fla.ops.common.kernels import cdiv, multiprocessors
+from fla.ops.common.kernels import dense, multiprocessors, power_of_two, sequence
+from fla.ops.common.launch import launch
 
 # Below this length a call is short beside the host's time to describe its tensors
 SHORTEST = 4096
-# 2 × 64 queries meet 128 keys: logits, weights and output of a consumer fill its registers, and two
-# stages of keys and values, the queries and the output three quarters of the shared memory.
+# Heads that are not faster here than in Triton, unless they have a gate
+NARROW = 64
+# 2 × 64 queries meet 128 keys, an interval of gates: logits, weights and output of a consumer fill
+# its registers, and two stages of keys and values, the queries and the output three quarters of the
+# shared memory.
 ROWS = gl.constexpr(64)
-BLOCK = gl.constexpr(128)
+BLOCK = SPAN
 STAGES = gl.constexpr(2)
+# What a thread may have: a producer that also looks for its sequence does with no less than 40
+CONSUMER_REGISTERS = gl.constexpr(232)
+PRODUCER_REGISTERS = gl.constexpr(40)
 
 
 def forward(q, k, v, g, sink_bias, cu_seqlens, options):
     """Return o [B, T, HQ, V] and lse [B, HQ, T]."""
     signed, scale = portable.rising(q, options.scale)
-    tensors = portable.dense(signed, k, v, sink_bias)
-    aligned = all(x.data_ptr() % 16 == 0 for x in tensors[:3])
-    if g is not None or cu_seqlens is not None or q.shape[1] < SHORTEST or not aligned:
+    tensors = dense(signed, k, v)
+    narrow = g is None and max(q.shape[-1], v.shape[-1]) <= NARROW
+    if narrow or q.shape[1] < SHORTEST or any(x.data_ptr() % 16 for x in tensors):
         return portable.forward(q, k, v, g, sink_bias, cu_seqlens, options)
-    return run_forward(Call(q, v, None, scale, options.window_size), *tensors)
+    q, k, v = tensors
+    g, sink_bias, cu_seqlens = dense(g, sink_bias, cu_seqlens)
+    call = Call(q, v, cu_seqlens, scale, options.window_size)
+    return run_forward(call, q, k, v, *gates(call, g, k, cu_seqlens), sink_bias, cu_seqlens)
+
+
+@triton.jit(do_not_specialize=["window", "N", "T", "intervals"])
+def needed_kernel(
+    q, k, sums, marks, cu_seqlens, needed, scale, floor, window, N, T, intervals,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The first interval of keys that the queries of an interval need, for one head.
+
+    That a query reaches the logit of its own key is known before it has met any.  Reads q, k
+    [SPAN, K] and what ``gates_kernel`` says of all before.  Writes needed [HQ, intervals].
+    """
+    i_h, n, i_b, bos, _length, live = own(cu_seqlens, tl.program_id(0), N, T, H * G, SPAN, False)
+    if i_b * SPAN >= live:
+        return
+    i_kh = i_h // G
+    o_t = tl.arange(0, SPAN)
+    m_t = i_b * SPAN + o_t < live
+    row = bos.to(tl.int64) + i_b * SPAN
+    b_q = tile(q + row * (H * G * K) + i_h * K, o_t, m_t, H * G * K, K, BK)  # [SPAN, BK]
+    b_k = tile(k + row * (H * K) + i_kh * K, o_t, m_t, H * K, K, BK)  # [SPAN, BK]
+    b_own = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1) * scale
+    slot = first_slot(cu_seqlens, bos, n, T, SPAN)
+    p_since, _, _ = gate_sums(sums, i_h, slot + i_b, intervals, H * G)
+    reach = tl.max(tl.where(m_t, tl.load(p_since + o_t) - b_own, float("-inf")), 0)
+    p_total, p_rise, p_norm = gate_marks(marks, i_h, i_kh, slot, intervals, H * G)
+    norm = largest_norm(b_q) * scale
+    first = first_interval_needed(p_total, p_rise, p_norm, i_b, norm, reach, floor)
+    tl.store(needed + i_h * intervals + slot + i_b, first)
 
 
 @gluon.jit
-def key_blocks(i_q, window):
+def tiles_of(cu_seqlens, N, T, HQ: gl.constexpr):
+    """How many tiles there are: for each head as many as ``Call.blocks`` says."""
+    if cu_seqlens is None:
+        return gl.cdiv(T, BLOCK) * N * HQ
+    return (T // BLOCK + N + 1) * HQ
+
+
+@gluon.jit
+def tile_at(turn, cu_seqlens, N, T, HQ: gl.constexpr):
+    """What a program does at a turn, as ``blocks.own`` says it; the longest tiles come first."""
+    i = at_turn(turn)
+    i_h = i % HQ
+    if cu_seqlens is None:
+        n = i // HQ % N
+        i_b = gl.cdiv(T, BLOCK) - 1 - i // HQ // N
+    else:
+        slot = T // BLOCK + N - i // HQ
+        n = sequence_at(cu_seqlens, slot, N, BLOCK, gl.arange(0, SEARCH, along(gl.num_warps())))
+        i_b = slot - n - gl.load(cu_seqlens + n).to(gl.int32) // BLOCK
+    bos, length, live = sequence(cu_seqlens, n, N, T, T)
+    return i_h, n, i_b, bos, length, live
+
+
+@gluon.jit
+def place_of(cu_seqlens, n, bos):
+    """The row of a sequence in memory, and its first token there."""
+    if cu_seqlens is None:
+        return n, bos * 0
+    return n * 0, bos
+
+
+@gluon.jit
+def key_blocks(last, live, window, needed, slot):
     """Which blocks of keys BLOCK queries meet: all of [full, last), with a mask [low, full) too.
 
-    Block ``last`` is the queries' own.
+    Block ``last`` is the queries' own.  Tokens behind the last sequence meet no other.  ``slot`` is
+    where a sequence begins in what ``needed_kernel`` writes.
     """
-    last = i_q // BLOCK
     low = last * 0
     full = last * 0
     if window is not None:
+        i_q = last * BLOCK
         low = gl.maximum(i_q - window + 1, 0) // BLOCK
         full = gl.minimum(gl.cdiv(gl.maximum(i_q + BLOCK - window, 0), BLOCK), last)
-    return low, full, last
+    if needed is not None:
+        low = gl.maximum(low, gl.load(needed + slot + last, mask=live > 0, other=0))
+    low = gl.where(live > 0, low, last)
+    return low, gl.maximum(low, full), last
 
 
 @gluon.jit
-def tile_at(turn, B, T, HQ: gl.constexpr):
-    """The head, sequence and first query of a turn: those with the most keys come first."""
-    i = at_turn(turn)
-    return i % HQ, i // HQ % B, (gl.cdiv(T, BLOCK) - 1 - i // HQ // B) * BLOCK
-
-
-@gluon.jit
-def produce(q_desc, k_desc, v_desc, q_0, q_1, k_ring, v_ring, window, B, T, H, HQ: gl.constexpr):
+def produce(
+    q_desc, k_desc, v_desc, until_desc, q_0, q_1, k_ring, v_ring, until, needed,
+    cu_seqlens, window, N, T, intervals, H: gl.constexpr, HQ: gl.constexpr,
+):  # fmt: skip
     """Copy each tile's queries, and its keys and values from the nearest backwards."""
+    m = 0
     n = 0
-    for turn in range(turns(gl.cdiv(T, BLOCK) * B * HQ)):
-        i_h, i_b, i_q = tile_at(turn, B, T, HQ)
-        i_kh = i_h // (HQ // H)
-        low, _, last = key_blocks(i_q, window)
-        q_0.fill(q_desc, [i_b, i_q, i_h, 0], turn)
-        q_1.fill(q_desc, [i_b, i_q + ROWS, i_h, 0], turn)
-        for i in range(last + 1 - low):
-            place = [i_b, (last - i) * BLOCK, i_kh, 0]
-            k_ring.fill(k_desc, place, n)
-            v_ring.fill(v_desc, place, n)
-            n += 1
+    for turn in range(turns(tiles_of(cu_seqlens, N, T, HQ))):
+        i_h, i_n, i_b, bos, length, live = tile_at(turn, cu_seqlens, N, T, HQ)
+        if i_b * BLOCK < length:
+            row, start = place_of(cu_seqlens, i_n, bos)
+            slot = first_slot(cu_seqlens, bos, i_n, T, BLOCK)
+            low, _, last = key_blocks(i_b, live, window, needed, i_h * intervals + slot)
+            first = start + i_b * BLOCK
+            q_0.fill(q_desc, [row, first, i_h, 0], m)
+            q_1.fill(q_desc, [row, first + ROWS, i_h, 0], m)
+            m += 1
+            for i in range(last + 1 - low):
+                place = [row, first - i * BLOCK, i_h // (HQ // H), 0]
+                if until is None:
+                    k_ring.fill(k_desc, place, n)
+                else:
+                    k_ring.fill(k_desc, place, n, until_desc.block_type.nbytes)
+                    i_s = (2 * HQ + i_h) * intervals + slot + last - i
+                    k_ring.join(until_desc, [i_s * BLOCK], n, until)
+                v_ring.fill(v_desc, place, n)
+                n += 1
 
 
 @gluon.jit
 def masked(b_s, o_i, first, window):
     """Logits, without those of keys that a query does not see."""
     o_j = first + gl.arange(0, BLOCK, gl.SliceLayout(0, b_s.type.layout))
-    if window is None:
-        m = o_j[None, :] <= o_i[:, None]
-    else:
-        m = (o_i[:, None] - o_j[None, :]).to(gl.uint32) < window.to(gl.uint32)
-    return gl.where(m, b_s, float("-inf"))
+    return gl.where(sees(o_i[:, None], o_j[None, :], window), b_s, float("-inf"))
 
 
 @gluon.jit
-def weigh(b_s, b_most, b_sum, scale):
-    """The weights of logits, the rows' largest logit and sum, and by what their past falls."""
-    b_new = gl.maximum(b_most, gl.max(b_s, 1) * scale)
-    b_p = gl.exp2(b_s * scale - b_new[:, None])
+def weigh(b_s, b_row, b_most, b_sum, scale):
+    """The weights of logits scale b_s + b_row, their rows' largest and sum, and what falls off."""
+    b_new = gl.max(b_s, 1) * scale
+    if b_row is None:
+        b_new = gl.maximum(b_most, b_new)
+        b_p = gl.exp2(b_s * scale - b_new[:, None])
+    else:
+        b_new = gl.maximum(b_most, b_new + b_row)
+        b_p = gl.exp2(b_s * scale - (b_new - b_row)[:, None])
     b_fall = gl.exp2(b_most - b_new)
     return b_p, b_new, b_sum * b_fall + gl.sum(b_p, 1), b_fall
 
 
 @gluon.jit
 def meet(
-    n, count, more, stop, q, k_ring, v_ring, b_p, b_o, b_most, b_sum, o_i, window, scale,
-    MASKED: gl.constexpr,
+    n, count, more, stop, q, k_ring, v_ring, until, b_p, b_o, b_most, b_sum, o_i,
+    b_since, between, p_total, window, scale, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Let queries meet ``count`` blocks of keys, the nearest ends at ``stop``; ``more`` follow.
+    """Let queries meet ``count`` blocks of keys, backwards from block ``stop``; ``more`` follow.
 
     The keys of block n have arrived, and b_p are the weights of the block before it.  So both
     products of a turn, with keys n and values n − 1, run at once, the second under the softmax.
+    ``between`` is the sum of the gates between the queries' interval and that of the keys.
     """
     LOGITS: gl.constexpr = b_most.type.layout.parent
     OUT: gl.constexpr = b_o.type.layout
     for i in range(count):
+        i_s = stop - 1 - i
         b_0 = gl.zeros([ROWS, BLOCK], gl.float32, LOGITS)
         b_s = warpgroup_mma(q, k_ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True)
         v_ring.wait(n - 1)
         b_o = warpgroup_mma(b_p, v_ring.tile(n - 1), b_o, is_async=True)
+        if until is not None:
+            b_row = b_since + between.to(gl.float32)
+            between += gl.load(p_total + i_s).to(gl.float64)
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
+        if until is not None:
+            b_s = b_s * scale + until.index(n % STAGES).load(gl.SliceLayout(0, LOGITS))[None, :]
         k_ring.release(n)
         if MASKED:
-            b_s = masked(b_s, o_i, stop - (i + 1) * BLOCK, window)
-        b_w, b_most, b_sum, b_fall = weigh(b_s, b_most, b_sum, scale)
+            b_s = masked(b_s, o_i, i_s * BLOCK, window)
+        if until is None:
+            b_w, b_most, b_sum, b_fall = weigh(b_s, None, b_most, b_sum, scale)
+        else:
+            b_w, b_most, b_sum, b_fall = weigh(b_s, b_row, b_most, b_sum, 1.0)
         # There is nothing to wait for yet.  But without this, and a branch behind it, the assembler
         # moves the exponentials behind the wait for b_o.
         b_o, b_w, b_p, b_sum = warpgroup_mma_wait(1, deps=(b_o, b_w, b_p, b_sum))
@@ -135,121 +250,208 @@ def meet(
         v_ring.release(n - 2)
         b_o = b_o * gl.convert_layout(b_fall, gl.SliceLayout(1, OUT))[:, None]
         b_p = gl.convert_layout(b_w.to(v_ring.tiles.dtype), gl.DotOperandLayout(0, OUT, 2))
-    return n, b_p, b_o, b_most, b_sum
+    return n, b_p, b_o, b_most, b_sum, between
+
+
+@gluon.jit
+def clear(tile, i_w: gl.constexpr, live, cleared, cuts):
+    """Zero what lies behind the first ``live`` rows of values, half a tile in each consumer.
+
+    It has no weight, but zero times NaN is not zero.
+    """
+    WIDE: gl.constexpr = tile.shape[1] // 8
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDE, WIDE], [4, 1], [1, 0])
+    o_r = i_w * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    half = tile.slice(i_w * ROWS, ROWS)
+    b = half.load(LAYOUT)
+    half.store(gl.where((o_r < live)[:, None], b, gl.zeros_like(b)))
+    fence_async_shared()
+    gl.thread_barrier()
+    arrive(cleared, cuts)
+    wait_for(cleared, cuts)
 
 
 @gluon.jit
 def consume(
-    i_w: gl.constexpr, o_desc, lse, sink, q_ring, k_ring, v_ring, tiles, scale, window, B, T,
-    HQ: gl.constexpr,
+    i_w: gl.constexpr, o_desc, o, lse, sink, sums, marks, needed, q_ring, k_ring, v_ring, until,
+    cleared, tiles, cu_seqlens, scale, window, N, T, intervals,
+    HQ: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     """Rows [ROWS i_w, ROWS (i_w + 1)) of each tile: o through shared memory, and lse."""
     D: gl.constexpr = tiles.shape[4]
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    m = 0
     n = 0
-    for turn in range(turns(gl.cdiv(T, BLOCK) * B * HQ)):
-        i_h, i_b, i_q = tile_at(turn, B, T, HQ)
-        low, full, last = key_blocks(i_q, window)
-        o_i = i_q + i_w * ROWS + gl.arange(0, ROWS, ROW)
-        q_ring.wait(turn)
-        q = q_ring.tile(turn)
+    cuts = 0
+    for turn in range(turns(tiles_of(cu_seqlens, N, T, HQ))):
+        i_h, i_n, i_b, bos, length, live = tile_at(turn, cu_seqlens, N, T, HQ)
+        i_q = i_b * BLOCK
+        if i_q < length:
+            slot = first_slot(cu_seqlens, bos, i_n, T, BLOCK)
+            low, full, last = key_blocks(i_b, live, window, needed, i_h * intervals + slot)
+            o_i = i_q + i_w * ROWS + gl.arange(0, ROWS, ROW)
+            q_ring.wait(m)
+            q = q_ring.tile(m)
 
-        # the sink is a key with this logit and without a value
-        b_most = gl.full([ROWS], LEAST, gl.float32, ROW)
-        b_sum = gl.zeros([ROWS], gl.float32, ROW)
-        if sink is not None:
-            b_most = (
-                gl.full([ROWS], 0.0, gl.float32, ROW) + gl.load(sink + i_h).to(gl.float32) * LOG2E
-            )
-            b_sum = gl.full([ROWS], 1.0, gl.float32, ROW)
-        b_o = gl.zeros([ROWS, D], gl.float32, OUT)
+            # the sink is a key with this logit and without a value
+            b_most = gl.full([ROWS], LEAST, gl.float32, ROW)
+            b_sum = gl.zeros([ROWS], gl.float32, ROW)
+            if sink is not None:
+                b_sink = gl.load(sink + i_h).to(gl.float32) * LOG2E
+                b_most = gl.full([ROWS], 0.0, gl.float32, ROW) + b_sink
+                b_sum = gl.full([ROWS], 1.0, gl.float32, ROW)
+            b_o = gl.zeros([ROWS, D], gl.float32, OUT)
 
-        k_ring.wait(n)
-        b_0 = gl.zeros([ROWS, BLOCK], gl.float32, LOGITS)
-        b_s = warpgroup_mma(q, k_ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True)
-        b_s = warpgroup_mma_wait(0, deps=(b_s,))
-        k_ring.release(n)
-        b_s = masked(b_s, o_i, last * BLOCK, window)
-        b_w, b_most, b_sum, _ = weigh(b_s, b_most, b_sum, scale)
-        b_p = gl.convert_layout(b_w.to(tiles.dtype), gl.DotOperandLayout(0, OUT, 2))
-        n += 1
-        k_ring.wait(n, last > low)
-        n, b_p, b_o, b_most, b_sum = meet(
-            n, last - full, full - low, last * BLOCK, q, k_ring, v_ring,
-            b_p, b_o, b_most, b_sum, o_i, window, scale, False,
-        )  # fmt: skip
-        if window is not None:
-            n, b_p, b_o, b_most, b_sum = meet(
-                n, full - low, 0, full * BLOCK, q, k_ring, v_ring,
-                b_p, b_o, b_most, b_sum, o_i, window, scale, True,
+            k_ring.wait(n)
+            b_0 = gl.zeros([ROWS, BLOCK], gl.float32, LOGITS)
+            k = k_ring.tile(n).permute((1, 0))
+            b_s = warpgroup_mma(q, k, b_0, use_acc=False, is_async=True)
+            b_since = None
+            p_total = None
+            if sums is not None:
+                p_since, p_rest, _ = gate_sums(sums, i_h, slot, intervals, HQ)
+                p_total, _, _ = gate_marks(marks, i_h, 0, slot, intervals, HQ)
+                b_since = gl.load(p_since + o_i)
+                o_j = i_q + gl.arange(0, BLOCK, gl.SliceLayout(0, LOGITS))
+                b_gates = gates_within(b_since, gl.load(p_rest + o_i), p_since, p_rest, o_j)
+            b_s = warpgroup_mma_wait(0, deps=(b_s,))
+            k_ring.release(n)
+            if sums is None:
+                b_s = masked(b_s, o_i, i_q, window)
+                b_w, b_most, b_sum, _ = weigh(b_s, None, b_most, b_sum, scale)
+            else:
+                b_s = masked(b_s * scale + b_gates, o_i, i_q, window)
+                b_w, b_most, b_sum, _ = weigh(b_s, None, b_most, b_sum, 1.0)
+            b_p = b_w.to(tiles.dtype)
+            b_near = b_most
+            b_over = gl.sum(b_p.to(gl.float32) - b_w, 1)
+            b_p = gl.convert_layout(b_p, gl.DotOperandLayout(0, OUT, 2))
+            if cu_seqlens is not None:
+                if i_q + BLOCK > live:
+                    v_ring.wait(n)
+                    clear(v_ring.tile(n), i_w, live - i_q, cleared, cuts)
+                    cuts += 1
+            between = gl.to_tensor(0.0).to(gl.float64)
+            n += 1
+            k_ring.wait(n, last > low)
+            n, b_p, b_o, b_most, b_sum, between = meet(
+                n, last - full, full - low, last, q, k_ring, v_ring, until, b_p, b_o, b_most,
+                b_sum, o_i, b_since, between, p_total, window, scale, False,
             )  # fmt: skip
-        q_ring.release(turn)
-        v_ring.wait(n - 1)
-        b_o = warpgroup_mma(b_p, v_ring.tile(n - 1), b_o, is_async=True)
-        tma.store_wait(0)  # the last turn's
-        b_o = warpgroup_mma_wait(0, deps=(b_o,))
-        v_ring.release(n - 1)
-        b_o = b_o * (1.0 / gl.convert_layout(b_sum, gl.SliceLayout(1, OUT)))[:, None]
-        tiles.index(i_w).reshape([ROWS, D]).store(b_o.to(tiles.dtype))
-        fence_async_shared()
-        place = [i_b, i_q + i_w * ROWS, i_h, 0]
-        tma.async_copy_shared_to_global(o_desc, place, tiles.index(i_w))
-        p_lse = lse + (i_b * HQ + i_h).to(gl.int64) * T + o_i
-        gl.store(p_lse, (b_most + gl.log2(b_sum)) / LOG2E, mask=o_i < T)
+            if window is not None:
+                n, b_p, b_o, b_most, b_sum, between = meet(
+                    n, full - low, 0, full, q, k_ring, v_ring, until, b_p, b_o, b_most,
+                    b_sum, o_i, b_since, between, p_total, window, scale, True,
+                )  # fmt: skip
+            q_ring.release(m)
+            m += 1
+            v_ring.wait(n - 1)
+            b_o = warpgroup_mma(b_p, v_ring.tile(n - 1), b_o, is_async=True)
+            tma.store_wait(0)  # the last turn's
+            b_o = warpgroup_mma_wait(0, deps=(b_o,))
+            v_ring.release(n - 1)
+            # Where a row has few keys, o is the mean with the weights as they were rounded.
+            b_all = b_sum + b_over * gl.exp2(b_near - b_most)
+            b_o = b_o * (1.0 / gl.convert_layout(b_all, gl.SliceLayout(1, OUT)))[:, None]
+            b_lse = (b_most + gl.log2(b_sum)) / LOG2E
+            row, start = place_of(cu_seqlens, i_n, bos)
+            if cu_seqlens is not None and i_q + BLOCK > live:
+                # Behind its last token begins another sequence; behind the last one all is zero.
+                o_r = i_q + i_w * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
+                o_d = gl.arange(0, D, gl.SliceLayout(0, OUT))
+                m_o = (o_r < length)[:, None] & (o_d < V)[None, :]
+                b_o = gl.where((o_r < live)[:, None], b_o, 0.0)
+                p_o = o + (bos + o_r).to(gl.int64)[:, None] * (HQ * V) + i_h * V + o_d[None, :]
+                gl.store(p_o, b_o.to(tiles.dtype), mask=m_o)
+                b_lse = gl.where(o_i < live, b_lse, LEAST)
+            else:
+                tiles.index(i_w).reshape([ROWS, D]).store(b_o.to(tiles.dtype))
+                fence_async_shared()
+                place = [row, start + i_q + i_w * ROWS, i_h, 0]
+                tma.async_copy_shared_to_global(o_desc, place, tiles.index(i_w))
+            p_lse = lse + along_time(cu_seqlens, bos, i_h, T, HQ)
+            gl.store(p_lse + o_i, b_lse, mask=o_i < length)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["window", "B", "T"])
+@gluon.jit(do_not_specialize=["window", "N", "T", "intervals"])
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, lse, sink, scale, window, B, T,
-    H: gl.constexpr, HQ: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, until_desc, o, lse, sink, sums, marks, needed, cu_seqlens,
+    scale, window, N, T, intervals, H: gl.constexpr, HQ: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
-    """o and lse of tiles of BLOCK queries of one head, from the longest to the shortest.
+    """What ``forward.forward_kernel`` gives, in tiles of BLOCK queries from the longest on.
 
-        s_ij = scale q_i·k_j    o_i = Σ_j exp(s_ij − lse_i) v_j
-        lse_i = log(Σ_j exp s_ij + exp sink)
-
-    A producer reads q [2, ROWS, D] and k and v [BLOCK, D] before them; each of two consumers writes
-    o [ROWS, D] and lse [ROWS].
+    A producer reads q [2, ROWS, D] and, with the gates, k and v [BLOCK, D] before them; each of two
+    consumers writes o [ROWS, D] and lse [ROWS].
     """
     q_0 = new_ring(q_desc, 1, 1)
     q_1 = new_ring(q_desc, 1, 1)
     k_ring = new_ring(k_desc, STAGES, 2)
     v_ring = new_ring(v_desc, STAGES, 2)
+    until: gl.constexpr = None
+    cleared: gl.constexpr = None
+    if until_desc is not None:
+        until = new_tiles(until_desc, STAGES)
+    if cu_seqlens is not None:
+        cleared = new_barriers(1, 2)
     tiles = new_tiles(o_desc, 2)
     fence_async_shared()
     gl.warp_specialize(
         [
             (
                 consume,
-                (0, o_desc, lse, sink, q_0, k_ring, v_ring, tiles, scale, window, B, T, HQ),
+                (
+                    0, o_desc, o, lse, sink, sums, marks, needed, q_0, k_ring, v_ring, until,
+                    cleared, tiles, cu_seqlens, scale, window, N, T, intervals, HQ, V,
+                ),
             ),
             (
                 consume,
-                (1, o_desc, lse, sink, q_1, k_ring, v_ring, tiles, scale, window, B, T, HQ),
+                (
+                    1, o_desc, o, lse, sink, sums, marks, needed, q_1, k_ring, v_ring, until,
+                    cleared, tiles, cu_seqlens, scale, window, N, T, intervals, HQ, V,
+                ),
             ),
             (
                 produce,
-                (q_desc, k_desc, v_desc, q_0, q_1, k_ring, v_ring, window, B, T, H, HQ),
+                (
+                    q_desc, k_desc, v_desc, until_desc, q_0, q_1, k_ring, v_ring, until, needed,
+                    cu_seqlens, window, N, T, intervals, H, HQ,
+                ),
             ),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )
+    )  # fmt: skip
 
 
-def run_forward(call: Call, q, k, v, sink) -> tuple[Tensor, Tensor]:
+def run_forward(call: Call, q, k, v, sums, marks, sink, cu_seqlens) -> tuple[Tensor, Tensor]:
     """Launch ``hopper_forward_kernel``: o [B, T, HQ, V] and lse [B, HQ, T]."""
     B, T, HQ, _ = q.shape
-    o = q.new_empty(B, T, HQ, v.shape[-1])
+    H, V = v.shape[2:]
+    o = q.new_empty(B, T, HQ, V)
     lse = q.new_empty(B, HQ, T, dtype=torch.float32)
     rows, block = ROWS.value, BLOCK.value
-    descriptors = [descriptor(x, n, 128) for x, n in ((q, rows), (k, block), (v, block), (o, rows))]
-    tiles = cdiv(T, block) * B * HQ
-    with torch.cuda.device_of(q):
-        hopper_forward_kernel[(min(tiles, multiprocessors(q.device)),)](
-            *descriptors, lse, sink, call.scale, call.window, B, T, k.shape[2], HQ, num_warps=4
+    operands = ((q, rows), (k, block), (v, block), (o, rows))
+    descriptors = [descriptor(x, n, max(power_of_two(x.shape[-1]), 64)) for x, n in operands]
+    until, needed = None, None
+    if sums is not None:
+        until = vectors(sums, block)
+        needed = marks.new_empty(HQ, call.intervals, dtype=torch.int32)
+        launch(
+            needed_kernel,
+            call.intervals * HQ,
+            (q, k, sums, marks, cu_seqlens, needed),
+            call.numbers,
+            {name: call.constants[name] for name in ("H", "G", "K", "BK")} | {"num_warps": 4},
         )
+    scale, _floor, *numbers = call.numbers
+    programs = min(call.blocks(block) * HQ, multiprocessors(q.device))
+    with torch.cuda.device_of(q):
+        hopper_forward_kernel[(programs,)](
+            *descriptors, until, o, lse, sink, sums, marks, needed, cu_seqlens,
+            scale, *numbers, H, HQ, V, num_warps=4,
+        )  # fmt: skip
     return o, lse

@@ -15,8 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
-# Registers a thread: of 64 Ki, a producer's four warps (three idle) and two consumers' may have
-PRODUCER_REGISTERS = gl.constexpr(24)
+# Registers a thread: of 64 Ki, a producer's four warps (three idle) and two consumers' may have.
+# More than 24 for the one leave the others eight less for every 16.
 CONSUMER_REGISTERS = gl.constexpr(240)
 
 
@@ -24,6 +24,18 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """x [B, T, H, D] in tiles [1, rows, 1, columns]; beyond T and D lie zeros, not written to."""
     layout: Any = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=4)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns], layout)
+
+
+def vectors(x: Tensor, size: int) -> TensorDescriptor:
+    """All of x as one vector, in pieces of ``size``."""
+    layout: Any = gl.NVMMASharedLayout(0, 8 * x.element_size(), rank=1)
+    return TensorDescriptor(x.view(-1), [x.numel()], [1], [size], layout)
+
+
+@gluon.constexpr_function
+def along(warps):
+    """The layout of a vector over all threads."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
 
 
 @aggregate
@@ -41,15 +53,22 @@ class Ring:
         self.empty = empty
 
     @gluon.jit
-    def fill(self, desc, place, i):
-        """The producer: once the stage is empty, copy what stands at ``place`` there."""
+    def fill(self, desc, place, i, MORE: gl.constexpr = 0):
+        """The producer: once the stage is empty, copy what stands at ``place`` there.
+
+        The tile arrives together with MORE bytes that ``join`` copies.
+        """
         stages: gl.constexpr = self.tiles.shape[0]
         stage = i % stages
         mbarrier.wait(self.empty.index(stage), i // stages % 2 ^ 1)
-        mbarrier.expect(self.ready.index(stage), desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            desc, place, self.ready.index(stage), self.tiles.index(stage)
-        )
+        mbarrier.expect(self.ready.index(stage), desc.block_type.nbytes + MORE)
+        self.join(desc, place, i, self.tiles)
+
+    @gluon.jit
+    def join(self, desc, place, i, tiles):
+        """Copy to a stage of other ``tiles``, which arrives, and is released, with tile i."""
+        stage = i % self.tiles.shape[0]
+        tma.async_copy_global_to_shared(desc, place, self.ready.index(stage), tiles.index(stage))
 
     @gluon.jit
     def wait(self, i, wanted=True):
