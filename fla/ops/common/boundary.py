@@ -23,40 +23,54 @@ class Operator:
         self.name = f"fla::{name}"
 
         def below_autocast(*args):
-            device = args[0].device.type
-            if not torch.is_autocast_enabled(device):
+            if not torch._C._is_any_autocast_enabled():
                 return run(*args)
-            with torch.autocast(device, enabled=False):  # the engines choose their own precision
+            # the engines choose their own precision
+            with torch.autocast(args[0].device.type, enabled=False):
                 return run(*args)
+
+        def whole(*args):
+            """An implementation gives None for a result that was not asked for, PyTorch cannot."""
+            results = below_autocast(*args)
+            if not isinstance(results, tuple):
+                return results
+            return tuple(absent(args[0]) if x is None else x for x in results)
 
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, below_autocast, "CompositeExplicitAutograd")
+        _library.impl(name, whole, "CompositeExplicitAutograd")
         torch.library.register_fake(self.name, fake, lib=_library)
-        self._run = below_autocast
+        self._run, self.whole = below_autocast, whole
         self._dispatched = getattr(torch.ops.fla, name).default
+        self.recorded: Callable[..., Any] = self._dispatched  # where autograd listens
 
     def __call__(self, *args):
-        if not _watched(args[0]):
-            return self._run(*args)
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
-            raise RuntimeError(f"{self.name} has no forward-mode derivative")
-        return self._dispatched(*args)
+        if _watched(args[0]):
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+                raise RuntimeError(f"{self.name} has no forward-mode derivative")
+            return self._dispatched(*args)
+        if torch.is_grad_enabled() and any(map(_requires_grad, args)):
+            return self.recorded(*args)
+        return self._run(*args)
 
 
 def _has_tangent(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
-def _watched(x: torch.Tensor) -> bool:
-    """Whether PyTorch may want to know of a call.
+def _requires_grad(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad
 
-    Where nothing differentiates, traces or transforms it, its way through the dispatcher would only
-    cost what a step of decoding notices.
+
+def _watched(x: torch.Tensor) -> bool:
+    """Whether PyTorch may want to know of a call, beside autograd.
+
+    Where nothing traces or transforms it, its way through the dispatcher would only cost: 8 µs,
+    which a step of decoding notices, and 20 µs more where autograd records.
     """
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
         or type(x) not in (torch.Tensor, torch.nn.Parameter)
         or x.is_meta
         or torch.autograd._profiler_enabled()
@@ -81,14 +95,29 @@ def differentiable(
         ctx.set_materialize_grads(False)
         save(ctx, inputs, output)
 
-    torch.library.register_autograd(forward.name, gradients, setup_context=setup, lib=_library)
-
     def refuse(ctx, *grads):
         raise RuntimeError(f"{forward.name} has no second derivative")
 
-    torch.library.register_autograd(backward.name, refuse, lib=_library)
+    _derive(forward, gradients, setup)
+    _derive(backward, refuse, lambda ctx, inputs, output: None)
+
+
+def _derive(operator: Operator, gradients: Callable[..., Any], setup: Callable[..., None]) -> None:
+    """Tell the dispatcher of a derivative, and ``operator`` for calls past the dispatcher."""
+    torch.library.register_autograd(operator.name, gradients, setup_context=setup, lib=_library)
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            output = operator.whole(*args)
+            setup(ctx, args, output)
+            return output
+
+        backward = staticmethod(gradients)
+
+    operator.recorded = Recorded.apply
 
 
 def absent(like: torch.Tensor) -> torch.Tensor:
-    """What an operator returns in place of a result that was not asked for."""
+    """What crosses the boundary in place of a result that was not asked for."""
     return like.new_empty(0)

@@ -1,7 +1,7 @@
 """What may come in: every argument is checked once, here, before anything is computed.
 
 Shapes are written as a notation, ``"B T H K"``: a letter seen first binds its size, seen again it
-must agree, and a number stands for itself.  A leading ``?`` marks an operand that may be ``None``.
+must agree, and 1 stands for itself.  A leading ``?`` marks an operand that may be ``None``.
 Shapes and values that are wrong raise ValueError; types, dtypes and unknown keywords TypeError.
 """
 
@@ -55,8 +55,10 @@ def operands(
     point tensor on the device of the first, and that q, k and v share one dtype.  ``sizes`` binds
     letters beforehand; ``beside`` is the first of them if it has been checked already.
     """
-    sizes = dict(sizes or {})
-    first = beside
+    sizes = {"1": 1, **(sizes or {})}
+    first = None
+    if beside is not None:
+        first, device, dtype = beside[0], beside[1].device, beside[1].dtype
     for name, (tensor, notation) in expected.items():
         if tensor is None and notation[0] == "?":
             continue
@@ -68,33 +70,26 @@ def operands(
                 "fp64, fp32, fp16 and bf16 are taken"
             )
         if first is None:
-            first = name, tensor
-        elif tensor.device != first[1].device:
+            first, device, dtype = name, tensor.device, tensor.dtype
+        elif tensor.device != device:
             raise ValueError(
-                f"{name}: expected the device of {first[0]}, {first[1].device}, got {tensor.device}"
+                f"{name}: expected the device of {first}, {device}, got {tensor.device}"
             )
-        elif name in ("k", "v") and first[0] == "q" and tensor.dtype != first[1].dtype:
-            raise TypeError(
-                f"{name}: expected the dtype of q, {first[1].dtype}, got {tensor.dtype}"
-            )
-        _bind(sizes, name, tensor, notation.lstrip("?").split())
+        elif tensor.dtype != dtype and name in ("k", "v") and first == "q":
+            raise TypeError(f"{name}: expected the dtype of q, {dtype}, got {tensor.dtype}")
+        letters, shape = notation.lstrip("?").split(), tensor.shape
+        fits = len(letters) == len(shape)
+        if not (fits and tuple(map(sizes.setdefault, letters, shape)) == shape):
+            raise ValueError(f"{name}: expected {_shape(letters, sizes)}, got {list(shape)}")
     return sizes
 
 
-def _bind(sizes: dict[str, int], name: str, tensor: torch.Tensor, letters: list[str]) -> None:
-    shape = tensor.shape
-    fits = len(shape) == len(letters)
-    if fits:
-        for letter, size in zip(letters, shape, strict=True):
-            bound = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
-            if bound != size:
-                fits = False
-    if not fits:
-        expected = ", ".join(letters)
-        known = [letter if letter.isdigit() else sizes.get(letter, letter) for letter in letters]
-        if all(letter.isdigit() or letter in sizes for letter in letters):
-            expected += "] = [" + ", ".join(str(size) for size in known)
-        raise ValueError(f"{name}: expected [{expected}], got {list(tensor.shape)}")
+def _shape(letters: list[str], sizes: dict[str, int]) -> str:
+    """``[B, T]``, and where all sizes are known ``[B, T] = [2, 6]``."""
+    shape = f"[{', '.join(letters)}]"
+    if all(letter in sizes for letter in letters):
+        shape += f" = {[sizes[letter] for letter in letters]}"
+    return shape
 
 
 def at_most(sizes: dict[str, int], **limits: int) -> None:

@@ -31,20 +31,26 @@ def launch(
         with torch.cuda.device(device):
             return launch(kernel, programs, tensors, numbers, constants)
     grid = (programs, 1, 1)
-    dtypes: list[Any] = []
-    address = 0
+    # Asked for addresses by Triton, the driver would look each of them up
+    addresses: list[int | None] = []
+    dtypes: list[torch.dtype | None] = []
+    bits = 0
     for x in tensors:
         if x is None:
+            addresses.append(None)
             dtypes.append(None)
         else:
+            address = x.data_ptr()
+            addresses.append(address)
             dtypes.append(x.dtype)
-            address |= x.data_ptr()
-    key = (kernel.fn, device, *dtypes, *map(type, numbers), *constants.items())
-    if address % 16 == 0 and key in _compiled:
+            bits |= address
+    aligned = bits % 16 == 0
+    key = (kernel.fn, device, *dtypes, *map(type, numbers), *constants, *constants.values())
+    if aligned and key in _compiled:
         compiled, values = _compiled[key]
-        compiled[grid](*tensors, *numbers, *values)
+        compiled[grid](*addresses, *numbers, *values)
         return
     compiled = kernel[grid](*tensors, *numbers, **constants)
-    if address % 16 == 0 and compiled is not None:  # the interpreter compiles nothing
+    if aligned and compiled is not None:  # the interpreter compiles nothing
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         _compiled[key] = compiled, tuple(constants[name] for name in names)

@@ -269,8 +269,8 @@ def retreat(
 @triton.jit(do_not_specialize=["segment", "T", "rows"])
 def advance_kernel(
     v, cu_seqlens, q_in, k_in, k_out, decay, betas, queries, solver,
-    state, state_strides, o, states, states_strides, values, final, final_strides,
-    segment, T, rows, HV, K, V,
+    state, o, states, values, final,
+    segment, T, rows, HV, K, V, state_strides, states_strides, final_strides,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr, COLUMNS: tl.constexpr,
     SUMMARISE: tl.constexpr, EVERY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -288,9 +288,9 @@ def advance_kernel(
 @triton.jit(do_not_specialize=["segment", "T", "rows"])
 def scans_kernel(
     v, do, cu_seqlens, q_in, k_in, k_out, decay, betas, queries, solver,
-    state, state_strides, states, states_strides, values, final, final_strides,
-    dstate, dstate_strides, dstates, solved, dfinal, dfinal_strides,
+    state, states, values, final, dstate, dstates, solved, dfinal,
     segment, T, rows, HV, K, V,
+    state_strides, states_strides, final_strides, dstate_strides, dfinal_strides,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr, COLUMNS: tl.constexpr,
     SUMMARISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -317,7 +317,7 @@ def scans_kernel(
 
 @triton.jit(do_not_specialize=["segment", "T", "rows"])
 def join_kernel(
-    summaries, cu_seqlens, state, state_strides, segment, T, rows, HV, K, V,
+    summaries, cu_seqlens, state, segment, T, rows, HV, K, V, state_strides,
     BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr, BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip

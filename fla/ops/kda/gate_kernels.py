@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fla.ops.common.kernels import cdiv, dense, multiprocessors, power_of_two
+from fla.ops.common.launch import launch
 from fla.ops.kda.activations import log_decay_backward, sigmoid, softplus
 
 # A tile is 4096 gates: 32 a thread of 4 warps, read and written 16 bytes at a time.
@@ -87,8 +88,12 @@ def forward(g, A_log, dt_bias, lower_bound, output_dtype):
     out = g.new_empty(g.shape, dtype=output_dtype)
     rows, D, BR, BD = _tiles(g)
     if rows * D:
-        gate_kernel[(cdiv(rows, BR) * cdiv(D, BD),)](
-            g, A_log, dt_bias, out, lower_bound, rows, D, g.shape[-1], BR=BR, BD=BD
+        launch(
+            gate_kernel,
+            cdiv(rows, BR) * cdiv(D, BD),
+            (g, A_log, dt_bias, out),
+            (lower_bound, rows),
+            {"D": D, "K": g.shape[-1], "BR": BR, "BD": BD},
         )
     return out
 
@@ -105,10 +110,13 @@ def backward(g, dy, A_log, dt_bias, lower_bound):
         for x in (A_log, dt_bias)
     )
     if rows * D:
-        gate_backward_kernel[(programs * blocks,)](
-            g, dy, A_log, dt_bias, dg, dA_log, ddt_bias, lower_bound,
-            rows, programs, D, g.shape[-1], BR=BR, BD=BD,
-        )  # fmt: skip
+        launch(
+            gate_backward_kernel,
+            programs * blocks,
+            (g, dy, A_log, dt_bias, dg, dA_log, ddt_bias),
+            (lower_bound, rows, programs),
+            {"D": D, "K": g.shape[-1], "BR": BR, "BD": BD},
+        )
     return (
         dg,
         None if dA_log is None else dA_log.sum((0, 2)),

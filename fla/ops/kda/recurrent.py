@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.ops.common.boundary import absent
 from fla.ops.common.kernels import cdiv, power_of_two
 from fla.ops.common.launch import launch
 from fla.ops.kda.activations import L2NORM_EPS, beta_of, decay_of, log_decay
@@ -131,7 +130,7 @@ def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options
         initial_state = initial_state.contiguous()
     operands = q, k, v, g, beta, A_log, dt_bias, cu_seqlens
     _launch(*operands, initial_state, o, final, None, None, options, in_place=False)
-    return o, absent(q) if final is None else final, absent(q), absent(q)
+    return o, final, None, None
 
 
 def serve(q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, accepted, options):

@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fla.ops.common.boundary import absent
+from fla.ops.common.kernels import cdiv, power_of_two
+from fla.ops.common.launch import launch
 from fla.ops.kda import recurrent
 from fla.ops.kda.chunk_gradients import gradients_kernel, through_states_kernel, unit_kernel
 from fla.ops.kda.chunk_inter import advance_kernel, join_kernel, scans_kernel
@@ -78,7 +79,7 @@ def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options
     else:
         call.intra(pairs, made=False)
         call.advance(o, initial_state, final, h)
-    return o, absent(q) if final is None else final, absent(q) if h is None else h, pairs
+    return o, final, h, pairs
 
 
 def kept(q, v, cu_seqlens, options):
@@ -118,7 +119,7 @@ def _tiles(q: Tensor, options) -> tuple[torch.dtype, int, int]:
     """
     exact = q.dtype != torch.bfloat16 or options.chunk_size == 0
     dtype = torch.float32 if exact else torch.bfloat16
-    BK = max(triton.next_power_of_2(int(q.shape[-1])), 64)
+    BK = max(power_of_two(q.shape[-1]), 64)
     return dtype, BK, chunk(BK, dtype)
 
 
@@ -192,29 +193,45 @@ class _Call:
         self.queries, self.solver = pairs.unbind(0)
         self.factors = self.workspace(2, C, dtype=torch.float32)
         self.near = self.workspace(C // 16, dtype=torch.int32)
-        intra_kernel[(self.slots * self.HV,)](
-            self.q, self.k, self.g, self.beta, self.A_log, self.dt_bias, self.cu_seqlens,
-            self.q_in, self.k_in, self.k_out, self.decay, self.betas, self.factors, self.near,
-            None if made else self.queries, None if made else self.solver,
-            self.options.scale, self.lower_bound,
-            self.T, self.rows, self.H, self.HV, self.K,
-            **self.common, **self.beta_flags,
-            QK_L2NORM=self.options.qk_l2norm, GATE=self.options.gate, FORGETS=self.forgets,
-            num_warps=INTRA.warps, num_stages=INTRA.stages,
+        launch(
+            intra_kernel,
+            self.slots * self.HV,
+            (
+                self.q, self.k, self.g, self.beta, self.A_log, self.dt_bias, self.cu_seqlens,
+                self.q_in, self.k_in, self.k_out, self.decay, self.betas, self.factors, self.near,
+                None if made else self.queries, None if made else self.solver,
+            ),
+            (self.options.scale, self.lower_bound, self.T, self.rows),
+            {
+                "H": self.H, "HV": self.HV, "K": self.K, **self.common, **self.beta_flags,
+                "QK_L2NORM": self.options.qk_l2norm, "GATE": self.options.gate,
+                "FORGETS": self.forgets, "num_warps": INTRA.warps, "num_stages": INTRA.stages,
+            },
         )  # fmt: skip
         if made:
             return
-        halving_kernel[(self.slots * self.HV,)](
-            self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens,
-            self.factors, self.near, self.queries, self.solver,
-            self.options.scale, self.lower_bound,
-            self.T, self.rows, self.H, self.HV, self.K,
-            **self.common, GATE=self.options.gate, num_warps=4, num_stages=1,
+        launch(
+            halving_kernel,
+            self.slots * self.HV,
+            (
+                self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens,
+                self.factors, self.near, self.queries, self.solver,
+            ),
+            (self.options.scale, self.lower_bound, self.T, self.rows),
+            {
+                "H": self.H, "HV": self.HV, "K": self.K, **self.common,
+                "GATE": self.options.gate, "num_warps": 4, "num_stages": 1,
+            },
         )  # fmt: skip
-        solve_kernel[(self.slots * self.HV,)](
-            self.cu_seqlens, self.betas, self.solver, self.T, self.rows, self.HV,
-            C=C, LEVELS=C.bit_length() - 1, PRECISION=self.common["PRECISION"],
-            num_warps=C // 16, num_stages=1,
+        launch(
+            solve_kernel,
+            self.slots * self.HV,
+            (self.betas, self.cu_seqlens, self.solver),
+            (self.T, self.rows),
+            {
+                "HV": self.HV, "C": C, "LEVELS": C.bit_length() - 1,
+                "PRECISION": self.common["PRECISION"], "num_warps": C // 16, "num_stages": 1,
+            },
         )  # fmt: skip
 
     def _segment(self, programs: int) -> int:
@@ -223,9 +240,9 @@ class _Call:
         So many that runs of all segments fill the chip, but not so few that a summary, which costs
         more than a run, does not pay; longer than any sequence where one segment is enough.
         """
-        chunks = triton.cdiv(self.T, self.C)
+        chunks = cdiv(self.T, self.C)
         pieces = min(FILLS_CHIP // max(programs, 1), chunks // SHORTEST_SEGMENT)
-        return self.C * (triton.cdiv(chunks, pieces) if pieces > 1 else chunks + 1)
+        return self.C * (cdiv(chunks, pieces) if pieces > 1 else chunks + 1)
 
     def _operands(self):
         return (
@@ -233,8 +250,8 @@ class _Call:
             self.queries, self.solver,
         )  # fmt: skip
 
-    def _sizes(self, segment: int):
-        return segment, self.T, self.rows, self.HV, self.K, self.V
+    def _sizes(self) -> dict[str, int]:
+        return {"HV": self.HV, "K": self.K, "V": self.V}
 
     def _summaries(self, segments: int, VP: int) -> tuple[Tensor, tuple[int, int, int, int]]:
         rows, columns = VP + self.BK, self.BK
@@ -242,24 +259,37 @@ class _Call:
         return summaries, (self.HV * rows * columns, rows * columns, columns, 1)
 
     def _join(self, summaries, VP, state, segment, reverse: bool) -> None:
-        join_kernel[(self.N * self.HV * (VP // 16),)](
-            summaries, self.cu_seqlens, state, self.strides(state), *self._sizes(segment),
-            BK=self.BK, BV=16, VP=VP, BLOCK=32, REVERSE=reverse, num_warps=4, num_stages=2,
+        launch(
+            join_kernel,
+            self.N * self.HV * (VP // 16),
+            (summaries, self.cu_seqlens, state),
+            (segment, self.T, self.rows),
+            {
+                **self._sizes(), "state_strides": self.strides(state), "BK": self.BK, "BV": 16,
+                "VP": VP, "BLOCK": 32, "REVERSE": reverse, "num_warps": 4, "num_stages": 2,
+            },
         )  # fmt: skip
 
     def advance(self, o, state, final, h) -> None:
-        BV, VP = self.scan.block, triton.cdiv(self.V, 64) * 64
+        BV, VP = self.scan.block, cdiv(self.V, 64) * 64
         segment = self._segment(self.N * self.HV * (VP // BV))
         _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
         strides, nowhere = self.strides(state), (0, 0, 0, 0)
 
         def run(state, strides, o, h, final, final_strides, columns):
-            advance_kernel[(segments * self.HV * (columns // BV),)](
-                self.v, *self._operands(), state, strides,
-                o, h, nowhere if h is None else self.strides(h[0]), None, final, final_strides,
-                *self._sizes(segment), **self.common, BV=BV, VP=VP, COLUMNS=columns,
-                SUMMARISE=columns > VP, EVERY=0 if h is None else self.options.chunk_size // self.C,
-                num_warps=self.scan.warps, num_stages=self.stages,
+            launch(
+                advance_kernel,
+                segments * self.HV * (columns // BV),
+                (self.v, *self._operands(), state, o, h, None, final),
+                (segment, self.T, self.rows),
+                {
+                    **self._sizes(), "state_strides": strides,
+                    "states_strides": nowhere if h is None else self.strides(h[0]),
+                    "final_strides": final_strides, **self.common, "BV": BV, "VP": VP,
+                    "COLUMNS": columns, "SUMMARISE": columns > VP,
+                    "EVERY": 0 if h is None else self.options.chunk_size // self.C,
+                    "num_warps": self.scan.warps, "num_stages": self.stages,
+                },
             )  # fmt: skip
 
         if segment <= self.T:
@@ -270,7 +300,7 @@ class _Call:
         run(state, strides, o, h, final, self.strides(final), VP)
 
     def scans(self, do, state, dstate, dinitial) -> None:
-        VP = triton.cdiv(self.V, 64) * 64
+        VP = cdiv(self.V, 64) * 64
         whole = self.C == 64 and self.BK == VP == SCANS.block
         BV, warps, stages = SCANS if whole else self.scan._replace(stages=self.stages)
         segment = self._segment(2 * self.N * self.HV * (VP // BV))
@@ -281,12 +311,18 @@ class _Call:
 
         def run(forward, strides, backward, dstrides, columns):
             """``forward`` is the state, the states to write, w and the last state, and so on."""
-            scans_kernel[(2 * segments * self.HV * (columns // BV),)](
-                self.v, do, *self._operands(),
-                forward[0], strides[0], forward[1], tile, *forward[2:], strides[1],
-                backward[0], dstrides[0], *backward[1:], dstrides[1],
-                *self._sizes(segment), **self.common, BV=BV, VP=VP, COLUMNS=columns,
-                SUMMARISE=columns > VP, num_warps=warps, num_stages=stages,
+            launch(
+                scans_kernel,
+                2 * segments * self.HV * (columns // BV),
+                (self.v, do, *self._operands(), *forward, *backward),
+                (segment, self.T, self.rows),
+                {
+                    **self._sizes(), "state_strides": strides[0], "states_strides": tile,
+                    "final_strides": strides[1], "dstate_strides": dstrides[0],
+                    "dfinal_strides": dstrides[1], **self.common, "BV": BV, "VP": VP,
+                    "COLUMNS": columns, "SUMMARISE": columns > VP,
+                    "num_warps": warps, "num_stages": stages,
+                },
             )  # fmt: skip
 
         strides, dstrides = self.strides(state), self.strides(dstate)
@@ -309,16 +345,31 @@ class _Call:
         dq_in, dk_in, dk_out = self.q_in, self.k_in, self.k_out
         dqueries, dkeys = (self.workspace(C, C) for _ in range(2))
         own, through = torch.empty_like(self.betas), torch.empty_like(self.decay)
-        adjoint_kernel[(self.slots * self.HV,)](
-            do, self.beta, self.cu_seqlens, self.betas, self.values, self.solved,
-            dv, dbeta, dqueries, dkeys, own, self.T, self.rows, self.HV, self.V,
-            C=C, VP=VP, BV=C, **self.beta_flags, PRECISION=PRECISION, num_warps=4, num_stages=1,
+        launch(
+            adjoint_kernel,
+            self.slots * self.HV,
+            (
+                do, self.beta, self.cu_seqlens, self.betas, self.values, self.solved,
+                dv, dbeta, dqueries, dkeys, own,
+            ),
+            (self.T, self.rows),
+            {
+                "HV": self.HV, "V": self.V, "C": C, "VP": VP, "BV": C, **self.beta_flags,
+                "PRECISION": PRECISION, "num_warps": 4, "num_stages": 1,
+            },
         )  # fmt: skip
-        through_states_kernel[(self.slots * self.HV * (self.BK // THROUGH.block),)](
-            do, self.cu_seqlens, self.betas, self.values, self.solved, self.states, self.dstates,
-            dq_in, dk_in, dk_out, through, self.T, self.rows, self.HV, self.V,
-            **self.common, BLOCK=THROUGH.block, VP=VP, BV=64,
-            num_warps=THROUGH.warps * C // 64, num_stages=THROUGH.stages,
+        launch(
+            through_states_kernel,
+            self.slots * self.HV * (self.BK // THROUGH.block),
+            (
+                do, self.cu_seqlens, self.betas, self.values, self.solved, self.states,
+                self.dstates, dq_in, dk_in, dk_out, through,
+            ),
+            (self.T, self.rows),
+            {
+                "HV": self.HV, "V": self.V, **self.common, "BLOCK": THROUGH.block, "VP": VP,
+                "BV": 64, "num_warps": THROUGH.warps * C // 64, "num_stages": THROUGH.stages,
+            },
         )  # fmt: skip
         del self.values, self.solved, self.states, self.dstates
         dA_log = ddt_bias = None
@@ -327,20 +378,31 @@ class _Call:
             dA_log = self.decay.new_empty(self.slots, self.HV, blocks)
         if self.dt_bias is not None:
             ddt_bias = torch.empty_like(self.decay)
-        gradients_kernel[(self.slots * self.HV * blocks,)](
-            self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens, self.factors,
-            dq_in, dk_in, dk_out, through, dqueries, dkeys, own, dg, dA_log, ddt_bias,
-            self.options.scale, self.lower_bound,
-            self.T, self.rows, self.H, self.HV, self.K,
-            **self.common, BLOCK=GRADIENTS.block, GATE=self.options.gate,
-            num_warps=GRADIENTS.warps, num_stages=GRADIENTS.stages,
+        launch(
+            gradients_kernel,
+            self.slots * self.HV * blocks,
+            (
+                self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens, self.factors,
+                dq_in, dk_in, dk_out, through, dqueries, dkeys, own, dg, dA_log, ddt_bias,
+            ),
+            (self.options.scale, self.lower_bound, self.T, self.rows),
+            {
+                "H": self.H, "HV": self.HV, "K": self.K, **self.common,
+                "BLOCK": GRADIENTS.block, "GATE": self.options.gate,
+                "num_warps": GRADIENTS.warps, "num_stages": GRADIENTS.stages,
+            },
         )  # fmt: skip
         dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
-        unit_kernel[(self.slots * self.H,)](
-            self.q, self.k, self.cu_seqlens, self.factors, dq_in, dk_in, dq, dk,
-            self.options.scale, self.T, self.rows, self.H, self.HV, self.K,
-            C=C, BK=self.BK, GROUP=self.HV // self.H, QK_L2NORM=self.options.qk_l2norm,
-            num_warps=4, num_stages=1,
+        launch(
+            unit_kernel,
+            self.slots * self.H,
+            (self.q, self.k, self.cu_seqlens, self.factors, dq_in, dk_in, dq, dk),
+            (self.options.scale, self.T, self.rows),
+            {
+                "H": self.H, "HV": self.HV, "K": self.K, "C": C, "BK": self.BK,
+                "GROUP": self.HV // self.H, "QK_L2NORM": self.options.qk_l2norm,
+                "num_warps": 4, "num_stages": 1,
+            },
         )  # fmt: skip
         if dA_log is not None:
             dA_log = dA_log.sum((0, 2), dtype=torch.float64)

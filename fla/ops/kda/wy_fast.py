@@ -23,7 +23,7 @@ from fla.ops.kda.slots import locate
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def solve_kernel(
-    cu_seqlens, betas, keys, T, rows, HV,
+    betas, cu_seqlens, keys, T, rows, HV,
     C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """−Y [C, C] in place of A (``keys``, below the diagonal), of a chunk.

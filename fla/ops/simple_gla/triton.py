@@ -47,7 +47,7 @@ def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options, 
         cu_seqlens=cu_seqlens, scale=options.scale, segment=segment, v_first=options.state_v_first,
         new_norm=options.normalize,
     )  # fmt: skip
-    return tuple(absent(q) if x is None else x for x in (o, final, final_z, norm))
+    return o, final, final_z, norm
 
 
 def backward(
