@@ -115,10 +115,9 @@ def test_nothing_is_compiled_again():
 
 
 @sanitizer.needed
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_sanitizer_finds_nothing(tool):
-    found = sanitizer.sanitized(tool, __file__)
-    assert ("ERROR SUMMARY: 0 errors" if tool == "memcheck" else "0 hazards") in found
+def test_stays_in_its_memory():
+    """Not for racecheck, which does not follow barriers that partitions meet at."""
+    assert "ERROR SUMMARY: 0 errors" in sanitizer.sanitized("memcheck", __file__)
 
 
 def main() -> None:
