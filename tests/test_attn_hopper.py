@@ -19,13 +19,13 @@ from fla.ops.attn.engine import ENGINE, Options
 from fla.ops.common import device
 from fla.ops.common.dispatch import Problem
 
-LONG = hopper_forward.SHORTEST
+LONG = 4096
 # What a thread may leave in memory from tile to tile; a block would take 256 bytes
 SCRAPS = 64
 
 
 def operands(T=LONG, D=128, dtype=torch.bfloat16):
-    q, k = torch.empty(1, T, 4, D, dtype=dtype), torch.empty(1, T, 2, D, dtype=dtype)
+    q, k = torch.empty(1, T, 16, D, dtype=dtype), torch.empty(1, T, 2, D, dtype=dtype)
     return q, k, k.clone()
 
 
@@ -43,7 +43,7 @@ def operands(T=LONG, D=128, dtype=torch.bfloat16):
 )
 def test_compiles(dtype, D, gate, bounds, window, sink, tmp_path):
     """Products are asynchronous, no block is spilled, no tile left before all warps are done."""
-    g = None if gate is None else torch.zeros(1, LONG, 4, dtype=gate)
+    g = None if gate is None else torch.zeros(1, LONG, 16, dtype=gate)
     sink_bias = None if sink is None else torch.zeros(4, dtype=sink)
     cu_seqlens = None if bounds is None else torch.zeros(3, dtype=bounds)
     options = Options(1.0, window)
@@ -88,7 +88,7 @@ with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, s
     pass
 stage.gates, stage.Call, stage.portable = blocks.gates, blocks.Call, portable
 stage.launch = lambda kernel, *more: interpreted.launch(interpreted.needed_kernel, *more)
-stage.SHORTEST, stage.NARROW = 1, 0
+stage.pays = lambda *call: True
 spec = dataclasses.replace(spec_named("parallel_attn"), gradients=())
 heads = (128, 128), (96, 72), (64, 64)
 calls = [(variant, lengths) for variant in spec.variants if variant != "no window"
@@ -154,7 +154,7 @@ lasting = torch.zeros(1, T, HQ)
 tensors = dict.fromkeys(("hopper_forward_kernel", "descriptor", "vectors"), mock.DEFAULT)
 for g in (fading, back_again, lasting):
     q, k = torch.randn(1, T, HQ, K), torch.randn(1, T, 1, K)
-    with mock.patch.multiple(hopper_forward, SHORTEST=1, NARROW=1, **tensors) as mocked:
+    with mock.patch.multiple(hopper_forward, pays=lambda *call: True, **tensors) as mocked:
         hopper_forward.forward(q, k, k, g, None, bounds, Options(K**-0.5))
     launched = mocked["hopper_forward_kernel"].__getitem__.return_value.call_args.args
     needed = next(x for x in launched if getattr(x, "dtype", None) == torch.int32)
@@ -183,7 +183,8 @@ def test_what_it_does_not_take_goes_to_triton():
     q, k, v = operands()
     short, unaligned = operands(LONG - 1), torch.empty(q.numel() + 1, dtype=q.dtype)[1:]
     narrow = operands(D=64)
-    gate, bounds = torch.empty(1, LONG, 4), torch.tensor([0, LONG])
+    gate, bounds = torch.empty(1, LONG, 16), torch.tensor([0, LONG])
+    pieces = torch.arange(0, LONG + 1, 128)
     with (
         mock.patch.object(hopper_forward, "run_forward", return_value="hopper"),
         mock.patch.object(hopper_forward, "gates", return_value=(None, None)),
@@ -198,6 +199,10 @@ def test_what_it_does_not_take_goes_to_triton():
         assert hopper_forward.forward(*narrow, gate, None, None, options) == "hopper"
         assert hopper_forward.forward(*narrow, None, None, None, options) == "triton"
         assert hopper_forward.forward(*short, None, None, None, options) == "triton"
+        few = (x[:, :, :2] for x in (q, k, v))
+        assert hopper_forward.forward(*few, None, None, None, options) == "triton"
+        assert hopper_forward.forward(q, k, v, None, None, pieces, options) == "hopper"
+        assert hopper_forward.forward(q, k, v, gate, None, pieces, options) == "triton"
         moved = unaligned.view_as(q)
         assert hopper_forward.forward(moved, k, v, None, None, None, options) == "triton"
 

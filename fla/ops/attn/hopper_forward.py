@@ -47,13 +47,9 @@ from fla.ops.common.hopper import (
     vectors,
     wait_for,
 )
-from fla.ops.common.kernels import dense, multiprocessors, power_of_two, sequence
+from fla.ops.common.kernels import cdiv, dense, multiprocessors, power_of_two, sequence
 from fla.ops.common.launch import launch
 
-# Below this length a call is short beside the host's time to describe its tensors
-SHORTEST = 4096
-# Heads that are not faster here than in Triton, unless they have a gate
-NARROW = 64
 # 2 × 64 queries meet 128 keys, an interval of gates: logits, weights and output of a consumer fill
 # its registers, and two stages of keys and values, the queries and the output three quarters of the
 # shared memory.
@@ -69,13 +65,22 @@ def forward(q, k, v, g, sink_bias, cu_seqlens, options):
     """Return o [B, T, HQ, V] and lse [B, HQ, T]."""
     signed, scale = portable.rising(q, options.scale)
     tensors = dense(signed, k, v)
-    narrow = g is None and max(q.shape[-1], v.shape[-1]) <= NARROW
-    if narrow or q.shape[1] < SHORTEST or any(x.data_ptr() % 16 for x in tensors):
+    if not pays(q, v, g, cu_seqlens) or any(x.data_ptr() % 16 for x in tensors):
         return portable.forward(q, k, v, g, sink_bias, cu_seqlens, options)
     q, k, v = tensors
     g, sink_bias, cu_seqlens = dense(g, sink_bias, cu_seqlens)
     call = Call(q, v, cu_seqlens, scale, options.window_size)
     return run_forward(call, q, k, v, *gates(call, g, k, cu_seqlens), sink_bias, cu_seqlens)
+
+
+def pays(q, v, g, cu_seqlens) -> bool:
+    """Whether a call is faster here than in Triton, by the measurements in benchmarks/NOTES.md."""
+    B, T, HQ, K = q.shape
+    if T < 4096 or cdiv(T, BLOCK.value) * HQ * B < 512:  # too few tiles to share out
+        return False
+    if g is None:
+        return max(K, v.shape[-1]) > 64
+    return cu_seqlens is None or T >= 256 * (cu_seqlens.shape[0] - 1)
 
 
 @triton.jit(do_not_specialize=["window", "N", "T", "intervals"])
