@@ -123,6 +123,11 @@ def measure(row: Row, library: str) -> Found:
     """First right, then fast: errors, ms, and memory of forward and backward together."""
     if library == "fla-core" and not row.peer:
         return {}
+    with suite.stages(library):
+        return _measure(row, library)
+
+
+def _measure(row: Row, library: str) -> Found:
     call, inputs = fla(row), row.inputs()
     cotangent: Tensor | None = inputs.pop("do")
     every = {**inputs, "do": cotangent}
@@ -251,8 +256,10 @@ SUITE = Suite(
     "linear_gpu",
     ROWS,
     {
-        "ours": functools.partial(measure, library="ours"),
-        "fla-core": functools.partial(measure, library="fla-core"),
+        **{
+            name: functools.partial(measure, library=name)
+            for name in ("ours", "triton", "fla-core")
+        },
         "sdpa": sdpa,
     },
     host,

@@ -155,6 +155,7 @@ def flex(row: Row) -> Call | None:
 
 CALLS: dict[str, Callable[[Row], Call | None]] = {
     "ours": fla,
+    "triton": lambda row: None if row.decoding else fla(row),
     "fla-core": lambda row: None if row.alone else fla(row),
     "cudnn": functools.partial(torch_sdpa, backend="CUDNN_ATTENTION"),
     "flash": functools.partial(torch_sdpa, backend="FLASH_ATTENTION"),
@@ -171,7 +172,7 @@ def measure(row: Row, library: str) -> Found:
     do = inputs.pop("do")
     frozen = library == "flex" and row.gate is not None  # as constants its gates have no gradients
     cotangent = None if row.decoding or frozen else do
-    with _context(row, library):
+    with suite.stages(library), _context(row, library):
         results = suite.results(call, inputs, cotangent)
         few = {name: _few_heads(row, x) for name, x in results.items()}
         exact = in_fp64(row, {name: _few_heads(row, x) for name, x in {**inputs, "do": do}.items()})
@@ -186,7 +187,7 @@ def measure(row: Row, library: str) -> Found:
 
 
 def _context(row: Row, library: str) -> contextlib.AbstractContextManager[None]:
-    if library != "ours" or not row.everything:
+    if library not in ("ours", "triton") or not row.everything:
         return contextlib.nullcontext()
     from fla.ops.attn.blocks import nothing_left_out
 

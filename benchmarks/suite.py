@@ -6,6 +6,7 @@ that ``fla-core``, another package called ``fla``, can stand beside this one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -37,7 +38,8 @@ class Suite:
     """Rows, and the libraries that each is measured in.
 
     A library's function measures one row: ``forward`` and ``backward`` in ms, ``errors``, and what
-    else is worth keeping; nothing where the library has no such call.  ``host`` runs in ``ours``
+    else is worth keeping; nothing where the library has no such call.  ``ours`` is this package as
+    it is, ``triton`` the same without its kernels for Hopper.  ``host`` runs in ``ours``
     and ``fla-core``; ``first_call`` in ``ours``, where no kernel is compiled yet.  ``remarks`` says
     in words what the rows, each with the findings of all libraries, show together.
     """
@@ -48,6 +50,18 @@ class Suite:
     host: Callable[[], Found] | None = None
     first_call: Callable[[], Found] | None = None
     remarks: Callable[[list[Found]], Iterator[str]] = lambda rows: iter(())
+
+
+@contextlib.contextmanager
+def stages(library: str) -> Iterator[None]:
+    """Inside, the library ``triton`` is ours without its kernels for Hopper."""
+    if library != "triton":
+        yield
+        return
+    from fla.ops.common.dispatch import use
+
+    with use("triton"):
+        yield
 
 
 def times(call: Call, inputs: Found, do: Tensor | None = None) -> Found:
