@@ -85,6 +85,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
     "xor": lambda a, b: a ^ b,
+    "lshift": lambda a, b: a << b,
     "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b,
@@ -116,6 +117,11 @@ class Pointer:
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.elements, self.offset + _raw(offset))
+
+    def to(self, dtype: Any, bitcast: bool) -> Pointer:
+        """The same addresses, of wider elements."""
+        wider = dtype.itemsize // self.elements.element_size()
+        return Pointer(self.elements.view(dtype), self.offset // wider)
 
     def at(self, mask: Any) -> tuple[Tensor, Tensor]:
         """Where the mask says so, the addresses; they have to be the tensor's."""
@@ -173,6 +179,9 @@ class Shared:
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.x.permute(order))
+
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
+        return Shared(self.x.view(dtype).view([int(size) for size in shape]))
 
     def load(self, layout: Any = None) -> Value:
         return Value(self.x.clone())
@@ -263,6 +272,23 @@ def store_wait(pendings: int = 0) -> None:
         _own.stores.pop(0)()
 
 
+def copy_elements(tile: Shared, p: Pointer, mask: Any) -> None:
+    """Arrives when its group is waited for."""
+    tile.x.fill_(torch.nan)
+    _own.copies.append(lambda: tile.x.copy_(load(p, mask).x))
+
+
+def commit_group() -> None:
+    _own.groups.append(_own.copies)
+    _own.copies = []
+
+
+def wait_group(num_outstanding: int = 0) -> None:
+    while len(_own.groups) > num_outstanding:
+        for arrive in _own.groups.pop(0):
+            arrive()
+
+
 class Product:
     """acc + a @ b, not yet there."""
 
@@ -301,15 +327,22 @@ def warp_specialize(partitions, warps, registers) -> None:
 
 
 def _guarded(function: Callable, arguments: tuple[Any, ...]) -> None:
-    _own.products, _own.stores = [], []
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _waited_for():
             function(*arguments)
-        assert not _own.products and not _own.stores, "something is never waited for"
     except BaseException as problem:
         with _changed:
             _program.failure = _program.failure or problem
             _changed.notify_all()
+
+
+@contextlib.contextmanager
+def _waited_for() -> Iterator[None]:
+    """Inside, products, stores and copies of this thread begin, and all of them end."""
+    _own.products, _own.stores, _own.copies, _own.groups = [], [], [], []
+    yield
+    left = _own.products or _own.stores or _own.copies or _own.groups
+    assert not left, "something is never waited for"
 
 
 def _copy(running: list[threading.Thread]) -> None:
@@ -332,12 +365,13 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def run(*arguments: Any, **options: Any) -> None:
-            del options["num_warps"]
-            values = dict(zip(self.arg_names, arguments, strict=False)) | options
+            named = {name: x for name, x in options.items() if name in self.parameters}
+            values = dict(zip(self.arg_names, arguments, strict=False)) | named
             _program.count = grid[0]
             for _program.id in range(grid[0]):
                 _program.copies, _program.failure = [], None
-                self.fn(**{name: self._argument(name, x) for name, x in values.items()})
+                with _waited_for():
+                    self.fn(**{name: self._argument(name, x) for name, x in values.items()})
 
         return run
 
@@ -406,6 +440,8 @@ def _modules() -> dict[str, Any]:
         constexpr=constexpr,
         float32=torch.float32,
         float64=torch.float64,
+        bfloat16=torch.bfloat16,
+        pointer_type=lambda dtype: dtype,
         uint32="uint32",
         int32=torch.int32,
         int64=torch.int64,
@@ -418,9 +454,15 @@ def _modules() -> dict[str, Any]:
         to_tensor=Value,
         num_warps=lambda: 4,
         exp2=lambda x: Value(torch.exp2(x.x)),
+        exp=lambda x: Value(torch.exp(x.x)),
         log2=lambda x: Value(torch.log2(x.x)),
+        rsqrt=lambda x: Value(torch.rsqrt(x.x)),
+        abs=lambda x: Value(x.x.abs()),
         sum=lambda x, axis=None: Value(x.x.sum() if axis is None else x.x.sum(axis)),
         max=lambda x, axis: Value(x.x.amax(axis)),
+        min=lambda x, axis: Value(x.x.amin(axis)),
+        join=lambda a, b: Value(torch.stack((a.x, b.x), -1)),
+        split=lambda x: tuple(map(Value, x.x.unbind(-1))),
         cdiv=lambda a, b: (a + b - 1) // b,
         where=where,
         minimum=minimum,
@@ -450,6 +492,13 @@ def _modules() -> dict[str, Any]:
         async_copy_shared_to_global=copy_out,
         store_wait=store_wait,
     )
+    ampere = types.SimpleNamespace(
+        async_copy=types.SimpleNamespace(
+            async_copy_global_to_shared=copy_elements,
+            commit_group=commit_group,
+            wait_group=wait_group,
+        )
+    )
     hopper = types.SimpleNamespace(
         fence_async_shared=lambda: None,
         mbarrier=barriers,
@@ -463,6 +512,7 @@ def _modules() -> dict[str, Any]:
         root: types.SimpleNamespace(**functions, language=language),
         f"{root}.language": language,
         f"{root}.language.nvidia": types.SimpleNamespace(hopper=hopper),
+        f"{root}.language.nvidia.ampere": ampere,
         f"{root}.language.nvidia.hopper": hopper,
         f"{root}.nvidia": types.SimpleNamespace(),
         f"{root}.nvidia.hopper": types.SimpleNamespace(TensorDescriptor=TensorDescriptor),

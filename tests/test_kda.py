@@ -258,7 +258,8 @@ def test_intermediate_states(chunk_size, state_v_first, lengths):
 
 
 def test_kernels_leave_states_before_chunks_of_32_to_pytorch():
-    with mock.patch.object(engine, "lacks_triton", lambda *_: None):
+    lacking = {"lacks_triton": lambda *_: None, "lacks_hopper": lambda *_: "no Hopper GPU"}
+    with mock.patch.multiple(engine, **lacking):
         for chunk_size, taken in ((64, True), (32, False)):
             options = engine.Options(chunk_size=chunk_size, intermediate_states=True)
             problem = Problem(torch.device("cuda"), torch.bfloat16, 128, 128, options)

@@ -1,4 +1,4 @@
-"""The delta engine's scans for Hopper without a GPU: who gets them, emulated, and compiled."""
+"""The delta engine on Hopper without a GPU: who gets it, and its scans, emulated and compiled."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def call(T=1024, K=128, V=128, packed=False, states=False, segments=False, parti
     options = Options(1.0, chunk_size=64, output_final_state=states)
     few = {"FILLS_CHIP": 1 << 20, "SHORTEST_SEGMENT": 4} if segments else {"FILLS_CHIP": 1}
     with (
-        mock.patch.object(hopper, "SMALLEST", 1),
+        mock.patch.multiple(hopper, SMALLEST=1, run_intra=mock.DEFAULT),
         mock.patch.object(
             hopper_scan, "multiprocessors", lambda _: 0 if partitions == 2 else 1 << 20
         ),
@@ -109,7 +109,7 @@ def test_what_it_does_not_take_goes_to_triton():
         q, v = more.pop("q", q), more.pop("v", v)
         made.clear()
         with (
-            mock.patch.object(hopper, "SMALLEST", 1 << 19),
+            mock.patch.multiple(hopper, SMALLEST=1 << 19, run_intra=mock.DEFAULT),
             mock.patch.object(hopper, "run_scan", lambda *_, **__: made.append("hopper")),
             mock.patch.object(portable, "launch", lambda *_: made.append("triton")),
         ):
@@ -129,7 +129,7 @@ def reason(dtype=torch.bfloat16, K=128, V=128, options=None, verified=("3.6",)):
     with (
         mock.patch.object(device, "capability", lambda _: (9, 0)),
         mock.patch.object(device, "triton_version", lambda: "3.6.0"),
-        mock.patch.dict(device.HOPPER_TRITON, {"delta scans": verified}),
+        mock.patch.dict(device.HOPPER_TRITON, {"delta": verified}),
     ):
         problem = Problem(torch.device("cuda"), dtype, K, V, options)
         return dict(ENGINE.explain(problem))["hopper"]

@@ -33,7 +33,7 @@ def on_hopper():
         return launch(kernel, programs, *arguments)
 
     with (
-        verified("delta scans"),
+        verified("delta"),
         mock.patch.object(hopper, "SMALLEST", 1),
         mock.patch.object(hopper_scan, "launch", counted),
     ):

@@ -47,7 +47,7 @@ def _lacks_triton(at: Problem) -> str | None:
 
 
 def _lacks_hopper(at: Problem) -> str | None:
-    reason = _lacks_triton(at) or lacks_hopper(at.device, at.dtype, "delta scans")
+    reason = _lacks_triton(at) or lacks_hopper(at.device, at.dtype, "delta")
     if reason is not None:
         return reason
     if at.dtype != torch.bfloat16:
@@ -61,7 +61,7 @@ def _lacks_hopper(at: Problem) -> str | None:
 
 ENGINE = Engine(
     "delta",
-    # the scans of long calls; the rest it hands on
+    # operands of chunks and the scans of long calls; the rest it hands on
     Implementation("hopper", "fla.ops.kda.hopper", _lacks_hopper),
     Implementation("triton", "fla.ops.kda.triton", _lacks_triton),
     Implementation("eager", "fla.ops.kda.eager"),

@@ -1,4 +1,4 @@
-"""The delta engine on Hopper: the scans of long calls; what it does not take, Triton does."""
+"""The delta engine on Hopper: chunks' operands, and scans of long calls; Triton does the rest."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from torch import Tensor
 
 from fla.ops.kda import triton as portable
 from fla.ops.kda.hopper_blocks import BV
+from fla.ops.kda.hopper_intra import run_intra
 from fla.ops.kda.hopper_scan import run_scan
 
-# Calls of fewer elements are short beside the host's time to describe their tensors
+# Scans of fewer elements are short beside the host's time to describe their tensors
 SMALLEST = 1 << 24
 
 
 class Call(portable.Call):
-    """A call whose scans the kernel for Hopper runs, where it takes them."""
+    """A call of which the kernels for Hopper run what they take."""
+
+    def make_operands(self, pairs: Tensor | None) -> None:
+        aligned = all(x.data_ptr() % 16 == 0 for x in (self.q, self.k, self.g))
+        if aligned and self.dtype == torch.bfloat16 and self.K in (64, 128):
+            run_intra(self, pairs)
+        else:
+            super().make_operands(pairs)
 
     def run_advance(self, segment, columns, state, strides, o, h, final, final_strides) -> None:
         if h is not None or not self._takes(self.v):
@@ -47,3 +55,4 @@ class Call(portable.Call):
 forward = functools.partial(portable.forward, made_by=Call)
 backward = functools.partial(portable.backward, made_by=Call)
 kept = portable.kept
+serve = portable.serve

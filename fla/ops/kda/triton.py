@@ -192,8 +192,8 @@ class Call:
         n, h, first, second = state.stride()
         return (n, h, first, second) if self.options.state_v_first else (n, h, second, first)
 
-    def intra(self, pairs: Tensor, made: bool) -> None:
-        """What the scans read of each chunk; M and Y, ``pairs``, unless they are ``made``."""
+    def new_operands(self, pairs: Tensor) -> None:
+        """Workspaces of ``intra``; ``pairs`` are M and Y."""
         C, BK = self.C, self.BK
         self.operands = self.workspaces(3, C, BK)
         self.q_in, self.k_in, self.k_out = self.operands.unbind(0)
@@ -203,21 +203,11 @@ class Call:
         self.queries, self.solver = pairs.unbind(0)
         self.factors = self.workspace(2, C, dtype=torch.float32)
         self.near = self.workspace(C // 16, dtype=torch.int32)
-        launch(
-            intra_kernel,
-            self.slots * self.HV,
-            (
-                self.q, self.k, self.g, self.beta, self.A_log, self.dt_bias, self.cu_seqlens,
-                self.q_in, self.k_in, self.k_out, self.decay, self.betas, self.factors, self.near,
-                None if made else self.queries, None if made else self.solver,
-            ),
-            (self.options.scale, self.lower_bound, self.T, self.rows),
-            {
-                "H": self.H, "HV": self.HV, "K": self.K, **self.common, **self.beta_flags,
-                "QK_L2NORM": self.options.qk_l2norm, "GATE": self.options.gate,
-                "FORGETS": self.forgets, "num_warps": INTRA.warps, "num_stages": INTRA.stages,
-            },
-        )  # fmt: skip
+
+    def intra(self, pairs: Tensor, made: bool) -> None:
+        """What the scans read of each chunk; M and Y, ``pairs``, unless they are ``made``."""
+        self.new_operands(pairs)
+        self.make_operands(None if made else pairs)
         if made:
             return
         launch(
@@ -239,8 +229,26 @@ class Call:
             (self.betas, self.cu_seqlens, self.solver),
             (self.T, self.rows),
             {
-                "HV": self.HV, "C": C, "LEVELS": C.bit_length() - 1,
-                "PRECISION": self.common["PRECISION"], "num_warps": C // 16, "num_stages": 1,
+                "HV": self.HV, "C": self.C, "PRECISION": self.common["PRECISION"],
+                "num_warps": 1, "num_stages": 1,
+            },
+        )  # fmt: skip
+
+    def make_operands(self, pairs: Tensor | None) -> None:
+        """The first of ``intra``: operands, betas and norms, and M and A unless pairs is None."""
+        launch(
+            intra_kernel,
+            self.slots * self.HV,
+            (
+                self.q, self.k, self.g, self.beta, self.A_log, self.dt_bias, self.cu_seqlens,
+                self.q_in, self.k_in, self.k_out, self.decay, self.betas, self.factors, self.near,
+                *((None, None) if pairs is None else pairs.unbind(0)),
+            ),
+            (self.options.scale, self.lower_bound, self.T, self.rows),
+            {
+                "H": self.H, "HV": self.HV, "K": self.K, **self.common, **self.beta_flags,
+                "QK_L2NORM": self.options.qk_l2norm, "GATE": self.options.gate,
+                "FORGETS": self.forgets, "num_warps": INTRA.warps, "num_stages": INTRA.stages,
             },
         )  # fmt: skip
 

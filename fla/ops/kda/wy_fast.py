@@ -17,25 +17,45 @@ import triton
 import triton.language as tl
 
 from fla.ops.kda.activations import beta_backward
-from fla.ops.kda.halving import level_mask
+from fla.ops.kda.halving import TILE, level_mask
 from fla.ops.kda.slots import locate
+
+
+@triton.jit
+def inverse(b_l, PRECISION: tl.constexpr):
+    """(I − L)⁻¹ of a strictly lower L [TILE, TILE], in its dtype.
+
+    The inverse X of the blocks of s on the diagonal grows to those of 2s: with L_s the pairs whose
+    row lies in the second half and whose column in the first half of such a block,
+
+        X ← X + X L_s X
+
+    which is X + L_1 for s = 1.
+    """
+    dtype: tl.constexpr = b_l.dtype
+    o_t = tl.arange(0, TILE)
+    b_x = tl.where(o_t[:, None] == o_t[None, :], 1.0, 0.0)
+    b_x += tl.where(level_mask(0, TILE), b_l, 0.0).to(tl.float32)
+    for level in tl.static_range(1, 4):
+        b_pairs = tl.where(level_mask(level, TILE), b_l, 0.0).to(dtype)
+        b_x16 = b_x.to(dtype)
+        b_y = tl.dot(b_x16, b_pairs, input_precision=PRECISION).to(dtype)
+        b_x = tl.dot(b_y, b_x16, b_x, input_precision=PRECISION)
+    return b_x.to(dtype)
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def solve_kernel(
     betas, cu_seqlens, keys, T, rows, HV,
-    C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """−Y [C, C] in place of A (``keys``, below the diagonal), of a chunk.
+    """−Y [C, C] in place of A (``keys``, below the diagonal), of a chunk, in blocks of TILE.
 
-    The inverse X of the blocks of s on the diagonal of I + β A grows to those of 2s: with L_s the
-    pairs of β A whose row lies in the second half and whose column in the first half of such a
-    block,
+    A warp holds all of them.  With X = (I + β A)⁻¹, Y = A X, and S without the block A_ii,
 
-        X ← X − X L_s X
-
-    which is X − L_1 for s = 1.
+        S_ij = Σ_{k<i} A_ik X_kj    X_ij = −X_ii β_i S_ij    Y_ij = S_ij + A_ii X_ij    (i > j)
     """
+    BLOCKS: tl.constexpr = C // TILE
     i_slot = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV
     i_n, i_c, _, length = locate(cu_seqlens, i_slot, rows, T, C)
@@ -44,21 +64,43 @@ def solve_kernel(
     if i_c * C >= length:
         return
     dtype: tl.constexpr = keys.dtype.element_ty
-    o_c = tl.arange(0, C)
-    place = (i_slot.to(tl.int64) * HV + i_hv) * C + o_c
-    b_beta = tl.load(betas + place)
-    p_keys = keys + place[:, None] * C + o_c[None, :]
-    b_a = tl.load(p_keys, o_c[None, :] < o_c[:, None], 0)  # [C, C]
-    b_l = (b_a.to(tl.float32) * -b_beta[:, None]).to(dtype)  # −L
-    b_x = tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0)
-    b_x += tl.where(level_mask(0, C), b_l, 0.0).to(tl.float32)
-    for level in tl.static_range(1, LEVELS):
-        b_pairs = tl.where(level_mask(level, C), b_l, 0.0).to(dtype)
-        b_x16 = b_x.to(dtype)
-        b_y = tl.dot(b_pairs, b_x16, input_precision=PRECISION).to(dtype)
-        b_x = tl.dot(b_x16, b_y, b_x, input_precision=PRECISION)
-    b_y = tl.dot(b_a, b_x.to(dtype), input_precision=PRECISION)
-    tl.store(p_keys, (-b_y).to(dtype))
+    o_t = tl.arange(0, TILE)
+    place = (i_slot.to(tl.int64) * HV + i_hv) * C
+    p_keys = keys + place * C + o_t[:, None] * C + o_t[None, :]
+    m_lower = o_t[None, :] < o_t[:, None]
+    r_a = ()  # row by row, as far as the diagonal
+    r_beta = ()
+    for i in tl.static_range(BLOCKS):
+        for j in tl.static_range(i):
+            r_a += (tl.load(p_keys + i * TILE * C + j * TILE),)
+        b_own = tl.load(p_keys + i * TILE * (C + 1))
+        r_a += (tl.where(m_lower, b_own, 0.0).to(dtype),)
+        r_beta += (-tl.load(betas + place + i * TILE + o_t)[:, None],)
+    r_own = ()
+    for i in tl.static_range(BLOCKS):
+        r_own += (inverse((r_a[i * (i + 3) // 2] * r_beta[i]).to(dtype), PRECISION),)
+    r_x = ()
+    for i in tl.static_range(BLOCKS):
+        p_row = p_keys + i * TILE * C
+        b_own = r_a[i * (i + 3) // 2]
+        for j in tl.static_range(i):
+            b_s = tl.zeros([TILE, TILE], tl.float32)
+            for k in tl.static_range(j, i):
+                b_s = tl.dot(
+                    r_a[i * (i + 1) // 2 + k],
+                    r_x[k * (k + 1) // 2 + j],
+                    b_s,
+                    input_precision=PRECISION,
+                )
+            b_x = tl.dot(r_own[i], (b_s * r_beta[i]).to(dtype), input_precision=PRECISION)
+            r_x += (b_x.to(dtype),)
+            b_s = tl.dot(b_own, b_x.to(dtype), b_s, input_precision=PRECISION)
+            tl.store(p_row + j * TILE, (-b_s).to(dtype))
+        r_x += (r_own[i],)
+        b_y = tl.dot(b_own, r_own[i], input_precision=PRECISION)
+        tl.store(p_row + i * TILE, (-b_y).to(dtype))
+        for j in tl.static_range(i + 1, BLOCKS):
+            tl.store(p_row + j * TILE, tl.zeros([TILE, TILE], dtype))
 
 
 @triton.jit
