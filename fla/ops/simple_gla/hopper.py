@@ -26,7 +26,6 @@ def walk(
         or X not in (64, 128, 256)
         or Z % BZ.value
         or (X == 256 and beside is not None)  # more than shared memory has
-        or (segment and beside is not None)  # states are to be made of rounded rows: ``put_out``
         or (segment and B > 1)  # segments are a row's
         or new_norm
         or norm is not None
