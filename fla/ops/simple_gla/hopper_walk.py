@@ -269,8 +269,7 @@ def put_out(
 
     The gate's gradient is what is left between rows of two walks.  Each pair of tokens is in both,
     once through either walk's state.  Both have a key, or a query, with its weight and rounded: so
-    has each row here, and what is rounded alike leaves nothing between them.  States that enter a
-    segment are not made of rounded rows.
+    has each row here, and what is rounded alike leaves nothing between them.
     """
     BACK: gl.constexpr = REVERSE != GRADIENT
     SPLIT: gl.constexpr = rows is not None
