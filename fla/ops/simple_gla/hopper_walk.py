@@ -46,7 +46,7 @@ from fla.ops.simple_gla.hopper_blocks import (
 )
 
 # Registers a thread; what they leave is the state's
-OUT_REGISTERS = gl.constexpr(112)
+OUT_REGISTERS = gl.constexpr(128)
 WEIGH_REGISTERS = gl.constexpr(80)
 COPY_REGISTERS = gl.constexpr(32)
 BZ = gl.constexpr(64)
