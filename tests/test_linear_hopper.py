@@ -146,7 +146,6 @@ def test_what_it_does_not_take_goes_to_triton():
         x = more.pop("x", x)
         made.clear()
         with (
-            mock.patch.object(hopper, "SMALLEST", 1 << 20),
             mock.patch.object(hopper, "run_walk", lambda *_, **__: made.update(by="hopper")),
             mock.patch.object(hopper.portable, "walk", lambda *_, **__: made.update(by="triton")),
         ):
@@ -159,10 +158,30 @@ def test_what_it_does_not_take_goes_to_triton():
     norm = torch.zeros(1, 1024, 4)
     assert launched() == launched(segment=128) == launched(beside=beside) == "hopper"
     assert launched(K=256) == launched(K=64, V=192) == "hopper"
-    assert launched(K=256, beside=beside) == launched(segment=128, beside=beside) == "triton"
+    assert launched(segment=128, beside=beside) == "hopper"
+    assert launched(K=256, beside=beside) == "triton"
     assert launched(K=96) == launched(V=96) == "triton"
-    assert launched(T=1023) == launched(x=moved) == launched(norm=norm) == "triton"
+    assert launched(x=moved) == launched(norm=norm) == "triton"
     assert launched(new_norm=True) == launched(dnorm=norm, norm=norm) == "triton"
+
+
+def test_short_calls_go_to_triton():
+    ran = []
+
+    def run(*arguments, walk=None, at_once=2):
+        ran.append((walk, at_once))
+
+    q = torch.zeros(1, 1024, 4, 128)
+    with (
+        mock.patch.object(hopper, "SMALLEST", 1 << 20),
+        mock.patch.object(hopper.portable, "forward", run),
+        mock.patch.object(hopper.portable, "backward", run),
+    ):
+        for T in (1024, 1023):
+            short = q[:, :T]
+            hopper.forward(short, short, short)
+            hopper.backward(short, None, None, short, short, short)
+    assert ran == [(hopper.walk, 1)] * 2 + [(None, 2)] * 2
 
 
 def reason(dtype=torch.bfloat16, K=128, V=128, options=None, verified=("3.6",)):

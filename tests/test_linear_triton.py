@@ -51,18 +51,62 @@ for many in (1, 64):  # many idle multiprocessors: sequences fall into segments
 """
 
 
-def test_interpreted():
-    """Every variant against the textbook, in a process where Triton interprets its kernels."""
+# Two pieces of a chunk to a segment, and a sequence's gate shared by several programs
+IN_PIECES = """
+import json, torch
+from unittest import mock
+from fla.ops.simple_gla import blocks, engine, gate, segments
+from fla.testing import Shape, all_specs
+from fla.testing.compare import measure
+
+specs = {spec.name: spec for spec in all_specs()}
+calls = (
+    ("chunk_simple_gla", "gate, state"),
+    ("fused_recurrent_simple_gla", "reverse, head gate, v first"),
+    ("fused_recurrent_simple_gla", "reverse"),
+    ("chunk_linear_attn", "normalised, state"),
+)
+torch.set_num_threads(1)
+with (
+    mock.patch.object(engine, "lacks_triton", lambda device, dtype: None),
+    mock.patch.object(blocks, "multiprocessors", lambda device: 4),
+    mock.patch.object(blocks, "_SHORTEST_PIECE", 1),
+    mock.patch.object(gate, "multiprocessors", lambda device: 64),
+    mock.patch.object(gate, "_BLOCK", 64),
+    mock.patch.object(segments, "join", wraps=segments.join) as joined,
+):
+    for name, variant in calls:
+        for shape in (Shape(T=333, B=1), Shape.packed(0, 200, 0, 3, 130, 0)):
+            if variant not in specs[name].variants:
+                continue
+            found = measure(specs[name], shape, variant, torch.float32)
+            print(json.dumps([name, variant, str(shape), joined.call_args.args[2], found]))
+"""
+
+
+def interpreted(program):
+    """What it prints, in a process where Triton interprets its kernels."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stderr
     calls = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(calls) > 20
-    assert {many for *_, many, _ in calls} == {1, 64}
     for *where, found in calls:
         assert found and all(error <= bound for error, bound in found.values()), (where, found)
+    return calls
+
+
+def test_interpreted():
+    """Every variant against the textbook."""
+    calls = interpreted(INTERPRETED)
+    assert len(calls) > 20
+    assert {many for *_, many, _ in calls} == {1, 64}
+
+
+def test_segments_in_pieces():
+    calls = interpreted(IN_PIECES)
+    assert len(calls) > 5 and {pieces for *_, pieces, _ in calls} == {2}
 
 
 def call(case, gate=None, packed=False, normalize=False, states=None, T=130, H=2):

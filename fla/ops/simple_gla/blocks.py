@@ -30,8 +30,9 @@ from fla.ops.common.sequences import Sequences
 CHUNK = 64
 # Intermediate results of fp16 operands may leave the range of fp16: they are tf32, as exact.
 _PRECISION = {torch.bfloat16: None, torch.float16: "tf32", torch.float32: "tf32x3"}
-# Chunks that a segment has at least: what it is summarised into has the size of one or two.
-_SHORTEST_SEGMENT = 4
+# To be summarised, a segment is read once more, by programs that share it.  A piece has four chunks
+# at least, for what it is summarised into has the size of one or two.
+_PIECES, _SHORTEST_PIECE = 4, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +95,24 @@ class Call:
                 return line
         raise RuntimeError(f"no launch configuration in {shared} KiB of shared memory")
 
-    def segment(self, line: Line, X: int, Z: int) -> int:
-        """Tokens a segment, or 0 for whole sequences where these alone are programs enough."""
+    def segment(self, line: Line, X: int, Z: int, at_once: int) -> int:
+        """Tokens a segment, or 0 for whole sequences where these alone are programs enough.
+
+        As many segments as make ``at_once`` programs for each multiprocessor.
+        """
         many = multiprocessors(self.device)
         programs = self.H * cdiv(X, line.BX) * cdiv(Z, line.BZ)
         if programs * self.sequences.B * 2 > many:
             return 0
-        # twice as many programs as run at once: to be summarised, a segment is read once more, and
-        # half a segment takes half the time
-        chunks = cdiv(cdiv(self.tokens, CHUNK), 2 * many // programs)
-        segment = max(chunks, _SHORTEST_SEGMENT) * CHUNK
+        chunks = cdiv(cdiv(self.tokens, CHUNK), at_once * many // programs)
+        piece = self.piece(chunks * CHUNK)
+        segment = cdiv(chunks * CHUNK, piece) * piece
         return 0 if segment >= self.T else segment
+
+    @staticmethod
+    def piece(segment: int) -> int:
+        """Tokens that are summarised by one program: a quarter of a segment, if that is enough."""
+        return max(cdiv(segment, _PIECES * CHUNK), _SHORTEST_PIECE) * CHUNK
 
     def units(self, segment: int) -> int:
         """Segments, or sequences."""

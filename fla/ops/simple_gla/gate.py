@@ -7,19 +7,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.ops.common.kernels import sequence
+from fla.ops.common.kernels import cdiv, multiprocessors, sequence
 from fla.ops.common.launch import launch
 from fla.ops.simple_gla.blocks import Call
 
 _BLOCK, _WARPS = 2048, 8
 
 
-@triton.jit(do_not_specialize=["N", "T", "tokens", "H"])
+@triton.jit
+def rows_at(q_rows, k_rows, p, tokens, H, m, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """q·dq − k·dk of the tokens at p: what all blocks of states have of it."""
+    b_r = tl.zeros([BLOCK], tl.float32)
+    for j in tl.static_range(PARTS):
+        at = j * H * tokens.to(tl.int64) + p
+        b_r += tl.load(q_rows + at, mask=m, other=0.0)
+        b_r -= tl.load(k_rows + at, mask=m, other=0.0)
+    return b_r
+
+
+@triton.jit(do_not_specialize=["N", "T", "tokens", "H", "shares"])
 def gate_kernel(
-    q_rows, k_rows, final, dfinal, dg, cu_seqlens, N, T, tokens, H,
+    q_rows, k_rows, final, dfinal, dg, cu_seqlens, N, T, tokens, H, shares,
     PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """dg of one head of one sequence, BLOCK tokens after BLOCK tokens from the end of time.
+    """dg of one of the ``shares`` of one head of one sequence, BLOCK tokens at once.
 
         dg_t = ⟨S, dS⟩ at the end + Σ_{i ⪰ t} (q_i·dq_i − k_i·dk_i)
 
@@ -27,8 +38,9 @@ def gate_kernel(
     theirs, keys after it take away those that do not reach back beyond it.  Rows are right to fp32,
     and what they leave is added up in fp64.
     """
-    i_n = tl.program_id(0) // H
-    i_h = tl.program_id(0) % H
+    share = tl.program_id(0) % shares
+    i_h = tl.program_id(0) // shares % H
+    i_n = tl.program_id(0) // (shares * H)
     bos, length, live = sequence(cu_seqlens, i_n, N, T, tokens)
     o_b = tl.arange(0, BLOCK)
     s_sum = tl.full([], 0.0, tl.float64)
@@ -42,19 +54,24 @@ def gate_kernel(
             b_e += b_s * b_d.to(tl.float32)
         s_sum += tl.sum(b_e, 0).to(tl.float64)
     blocks = tl.cdiv(length, BLOCK)
-    for i in range(0, blocks):
-        i_b = i if REVERSE else blocks - 1 - i
-        m_b = i_b * BLOCK + o_b < live
-        token = (bos + i_b * BLOCK + o_b).to(tl.int64)
-        b_r = tl.zeros([BLOCK], tl.float32)
-        for j in tl.static_range(PARTS):
-            p = (j * H + i_h) * tokens.to(tl.int64) + token
-            b_r += tl.load(q_rows + p, mask=m_b, other=0.0)
-            b_r -= tl.load(k_rows + p, mask=m_b, other=0.0)
-        b_dg = s_sum + tl.cumsum(b_r.to(tl.float64), 0, reverse=not REVERSE)
-        s_sum += tl.sum(b_r.to(tl.float64), 0)
-        m_b = i_b * BLOCK + o_b < length
-        tl.store(dg + token * H + i_h, b_dg.to(dg.dtype.element_ty), mask=m_b)
+    own = tl.cdiv(blocks, shares)
+    # in the order of time, from the end: blocks of other shares before the own ones
+    before = tl.minimum(share * own, blocks)
+    b_sum = tl.zeros([BLOCK], tl.float64)
+    for i in range(0, before):
+        t = (i if REVERSE else blocks - 1 - i) * BLOCK + o_b
+        p = i_h * tokens.to(tl.int64) + bos + t
+        b_r = rows_at(q_rows, k_rows, p, tokens, H, t < live, PARTS, BLOCK)
+        b_sum += b_r.to(tl.float64)
+    s_sum += tl.sum(b_sum, 0)
+    for i in range(before, tl.minimum(before + own, blocks)):
+        t = (i if REVERSE else blocks - 1 - i) * BLOCK + o_b
+        token = (bos + t).to(tl.int64)
+        p = i_h * tokens.to(tl.int64) + token
+        b_r = rows_at(q_rows, k_rows, p, tokens, H, t < live, PARTS, BLOCK).to(tl.float64)
+        b_dg = s_sum + tl.cumsum(b_r, 0, reverse=not REVERSE)
+        s_sum += tl.sum(b_r, 0)
+        tl.store(dg + token * H + i_h, b_dg.to(dg.dtype.element_ty), mask=t < length)
 
 
 def gate_gradient(
@@ -69,11 +86,14 @@ def gate_gradient(
         "REVERSE": call.constants["REVERSE"],
         "num_warps": _WARPS,
     }
+    # shares of a sequence read what comes after them once more, but fill the GPU
+    sequences = (call.N + call.packed) * call.H
+    shares = min(cdiv(2 * multiprocessors(g.device), sequences), cdiv(call.T, _BLOCK))
     launch(
         gate_kernel,
-        (call.N + call.packed) * call.H,
+        sequences * shares,
         (q_rows, k_rows, final, dfinal, dg, cu_seqlens),
-        (call.N, call.T, call.tokens, call.H),
+        (call.N, call.T, call.tokens, call.H, shares),
         constants,
     )
     return dg

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from fla.ops.simple_gla import triton as portable
 from fla.ops.simple_gla.blocks import Call
 from fla.ops.simple_gla.hopper_walk import BZ, run_walk
 
-# Walks of fewer elements are short beside the host's time to describe their tensors
+# Calls of fewer elements are short beside the host's time to describe their tensors
 SMALLEST = 3 << 24
 
 
@@ -19,14 +19,12 @@ def walk(
     norm: Tensor | None = None, dnorm: Tensor | None = None, beside: Tensor | None = None, **more,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """``triton.walk``, by the kernel for Hopper where that takes it."""
-    B, _, H, X = x.shape
+    B, X = x.shape[0], x.shape[-1]
     Z = z.shape[-1]
     if (
-        call.tokens * H * (X + Z) < SMALLEST
-        or X not in (64, 128, 256)
+        X not in (64, 128, 256)
         or Z % BZ.value
         or (X == 256 and beside is not None)  # more than shared memory has
-        or (segment and beside is not None)  # states are to be made of rounded rows: ``put_out``
         or (segment and B > 1)  # segments are a row's
         or new_norm
         or norm is not None
@@ -39,6 +37,17 @@ def walk(
     return run_walk(call, x, y, z, segment=segment, beside=beside, **more)
 
 
-forward = functools.partial(portable.forward, walk=walk)
-backward = functools.partial(portable.backward, walk=walk)
+def _kernels(q: Tensor, v: Tensor) -> dict[str, Any]:
+    """What long calls run: this walk, of which a multiprocessor holds one program."""
+    return {"walk": walk, "at_once": 1} if q.numel() + v.numel() >= SMALLEST else {}
+
+
+def forward(q, k, v, *more):
+    return portable.forward(q, k, v, *more, **_kernels(q, v))
+
+
+def backward(do, dstate, dz, q, k, v, *more):
+    return portable.backward(do, dstate, dz, q, k, v, *more, **_kernels(q, v))
+
+
 attention_map = portable.attention_map

@@ -76,6 +76,13 @@ def chunk_at(i, bos, length, first, steps, BACK: gl.constexpr):
 
 
 @gluon.jit
+def chunk_ahead(i, bos, length, first, steps, BACK: gl.constexpr):
+    """``chunk_at``, but no tokens where there is no step i: what is loaded for it is masked."""
+    token, there = chunk_at(i, bos, length, first, steps, BACK)
+    return token, gl.where(i < steps, there, 0)
+
+
+@gluon.jit
 def sums_at(sums, gamma, token, there, REVERSE: gl.constexpr, LAYOUT: gl.constexpr):
     """A chunk's sums up to each of its ``there`` tokens, none if negative, and over all of them."""
     o_c = gl.arange(0, C, LAYOUT)
@@ -99,5 +106,8 @@ def sum_of(sums, gamma, token, there, REVERSE: gl.constexpr):
     """A chunk's sum over all of its tokens."""
     s_all = gamma * there
     if sums is not None:
-        s_all = gl.load(sums + token + (0 if REVERSE else there - 1))
+        last = token
+        if not REVERSE:
+            last = token + there - 1
+        s_all = gl.load(sums + last, mask=there > 0, other=0.0)
     return s_all

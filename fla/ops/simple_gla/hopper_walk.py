@@ -34,6 +34,7 @@ from fla.ops.common.launch import launch
 from fla.ops.simple_gla.blocks import LOG2E, Call
 from fla.ops.simple_gla.hopper_blocks import (
     C,
+    chunk_ahead,
     chunk_at,
     leading,
     power,
@@ -45,7 +46,7 @@ from fla.ops.simple_gla.hopper_blocks import (
 )
 
 # Registers a thread; what they leave is the state's
-OUT_REGISTERS = gl.constexpr(112)
+OUT_REGISTERS = gl.constexpr(128)
 WEIGH_REGISTERS = gl.constexpr(80)
 COPY_REGISTERS = gl.constexpr(32)
 BZ = gl.constexpr(64)
@@ -139,30 +140,35 @@ def weigh(
     n = 0
     for i_n in range(first, gl.minimum(last, N)):
         bos, length, start, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
+        if GATED:
+            token, there = chunk_ahead(0, bos, length, start, steps, BACK)
+            b_i, s_all = sums_at(sums, gamma, token, there, REVERSE, ROW)
+            b_j, s_all = sums_at(sums, gamma, token, there, REVERSE, COLUMN)
+            b_k, s_all = sums_at(sums, gamma, token, there, REVERSE, gl.SliceLayout(1, FLAT))
         for i in range(steps):
-            token, there = chunk_at(i, bos, length, start, steps, BACK)
-            if GATED:
-                b_i, s_all = sums_at(sums, gamma, token, there, REVERSE, ROW)
-                b_j, s_all = sums_at(sums, gamma, token, there, REVERSE, COLUMN)
-                b_k, s_all = sums_at(sums, gamma, token, there, REVERSE, gl.SliceLayout(1, FLAT))
             x_ring.wait(n)
             y_ring.wait(n)
             b_0 = gl.zeros([C, C], gl.float32, PAIRS)
             b_a = warpgroup_mma(
                 x_ring.tile(n), y_ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True
             )
-            wait_before(a_ring.empty, n)
             if GATED:
-                z_ring.wait(n)
-                b_z = z_ring.tile(n).load(FLAT)
-                if not GRADIENT:
-                    b_k = s_all - b_k
-                b_u = b_z.to(gl.float32) * power(b_k)[:, None]
-                u_tiles.index(n % AHEAD).reshape([C, BZ]).store(b_u.to(b_z.dtype))
                 b_w = b_i[:, None] - b_j[None, :]
                 if GRADIENT:
                     b_w = -b_w
                 b_w = power(gl.where(m, b_w, float("-inf"))) * scale
+                b_p = power(b_k if GRADIENT else s_all - b_k)
+                # the next chunk's, which arrive while this one is at work
+                token, there = chunk_ahead(i + 1, bos, length, start, steps, BACK)
+                b_i, s_all = sums_at(sums, gamma, token, there, REVERSE, ROW)
+                b_j, s_all = sums_at(sums, gamma, token, there, REVERSE, COLUMN)
+                b_k, s_all = sums_at(sums, gamma, token, there, REVERSE, gl.SliceLayout(1, FLAT))
+            wait_before(a_ring.empty, n)
+            if GATED:
+                z_ring.wait(n)
+                b_z = z_ring.tile(n).load(FLAT)
+                b_u = b_z.to(gl.float32) * b_p[:, None]
+                u_tiles.index(n % AHEAD).reshape([C, BZ]).store(b_u.to(b_z.dtype))
                 b_a = warpgroup_mma_wait(0, deps=(b_a,))
                 b_a = b_a * b_w
             else:
@@ -211,10 +217,14 @@ def carry_on(
             b_s += b_start.to(gl.float32) / s_held
         if carry is not None:
             b_s += gl.load(carry + p_kv, mask=(opens == 0) & (o_x < X), other=0.0)
+        if GATED:
+            token, there = chunk_ahead(0, bos, length, at, steps, BACK)
+            s_next = sum_of(sums, gamma, token, there, REVERSE)
         for i in range(steps):
             if GATED:
-                token, there = chunk_at(i, bos, length, at, steps, BACK)
-                s_all = sum_of(sums, gamma, token, there, REVERSE)
+                s_all = s_next
+                token, there = chunk_ahead(i + 1, bos, length, at, steps, BACK)
+                s_next = sum_of(sums, gamma, token, there, REVERSE)
             wait_before(h_ring.empty, n)
             h_tile = h_ring.tile(0)
             if SPLIT:
@@ -259,8 +269,7 @@ def put_out(
 
     The gate's gradient is what is left between rows of two walks.  Each pair of tokens is in both,
     once through either walk's state.  Both have a key, or a query, with its weight and rounded: so
-    has each row here, and what is rounded alike leaves nothing between them.  States that enter a
-    segment are not made of rounded rows.
+    has each row here, and what is rounded alike leaves nothing between them.
     """
     BACK: gl.constexpr = REVERSE != GRADIENT
     SPLIT: gl.constexpr = rows is not None
@@ -269,13 +278,18 @@ def put_out(
     n = 0
     for i_n in range(first, last):
         bos, length, at, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
+        if GATED:
+            token, there = chunk_ahead(0, bos, length, at, gl.where(i_n < N, steps, 0), BACK)
+            b_next, s_next = sums_at(sums, gamma, token, there, REVERSE, _ROW)
         for i in range(steps):
             token, there = chunk_at(i, bos, length, at, steps, BACK)
             p = out + (token.to(gl.int64) * H + i_h) * Z + p_o
             m_c = o_c < there
             if i_n < N:
                 if GATED:
-                    b_q, s_all = sums_at(sums, gamma, token, there, REVERSE, _ROW)
+                    b_q = power(s_next - b_next if GRADIENT else b_next)
+                    t_next, n_next = chunk_ahead(i + 1, bos, length, at, steps, BACK)
+                    b_next, s_next = sums_at(sums, gamma, t_next, n_next, REVERSE, _ROW)
                 x_ring.wait(n)
                 h_ring.wait(n)
                 b_o = gl.zeros([C, BZ], gl.float32, _ACC)
@@ -289,8 +303,6 @@ def put_out(
                 gl.thread_barrier()
                 arrive(x_ring.empty, n)
                 arrive(h_ring.empty, n)
-                if GATED:
-                    b_q = power(s_all - b_q if GRADIENT else b_q)
                 if SPLIT:
                     # beside, as the other walk's state holds it
                     b_ring.wait(n)

@@ -3,6 +3,7 @@
 Where heads are too few to fill a chip, time falls into segments, in three steps: *summarise* what
 each segment adds to a state and how much it keeps of one that enters, *join* these into the states
 that enter each segment, and *run* all of them.  The same steps serve segments on different devices.
+A summary carries nothing from far: it is made of a segment's pieces, side by side.
 """
 
 from __future__ import annotations
@@ -24,23 +25,24 @@ from fla.ops.common.kernels import (
 from fla.ops.common.launch import launch
 from fla.ops.simple_gla.blocks import LOG2E, Call, Line, step_weights
 
-_BLOCK = 1024
+_BLOCK = 512
 
 
-@triton.jit(do_not_specialize=["N", "T", "tokens", "segment", "scale"])
+@triton.jit(do_not_specialize=["N", "T", "tokens", "piece", "units", "pieces", "scale"])
 def summary_kernel(
     k, v, q, do, sums, rests, g_gamma, norm, dnorm, state, z, dstate, dz, added, kept,
-    cu_seqlens, scale, N, T, tokens, segment,
+    cu_seqlens, scale, N, T, tokens, piece, units, pieces,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BX: tl.constexpr,
     BZ: tl.constexpr, V_FIRST: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What a segment adds to a state, or to a state's gradient, and what share of one it keeps.
+    """What a piece adds to a state, or to a state's gradient, and what share of one it keeps.
 
         S ← w S + Σ_j w_j k_j v_jᵀ                dS ← w dS + Σ_i w_i q_i do_iᵀ
 
-    A program owns a block [BX, BZ] of one or the other of one head in one segment.  added
-    [sides, segments, H, K V + K] has z behind the state, kept is [sides, segments, H].
+    A program owns a block [BX, BZ] of one or the other of one head in one of the ``units`` of
+    ``piece`` tokens whose summary a segment waits for; the last segment's, ``pieces`` units, none
+    does.  added [sides, units, H, K V + K] has z behind the state, kept is [sides, units, H].
     """
     D: tl.constexpr = k.dtype.element_ty
     NK: tl.constexpr = (K + BX - 1) // BX
@@ -50,7 +52,6 @@ def summary_kernel(
     i_k = pid // NV % NK
     i_h = pid // (NV * NK) % H
     unit = pid // (NV * NK * H)
-    units = tl.cdiv(tokens, segment)
     side = unit // units  # 0 for states, 1 for their gradients
     unit = unit % units
     back = (side == 1) != REVERSE
@@ -69,12 +70,17 @@ def summary_kernel(
     p_y = o_c[:, None] * (H * V) + o_v[None, :]  # [C, BZ]
     p_kv = o_k[:, None] * V + o_v[None, :]  # [BX, BZ]
     p_s = o_v[None, :] * K + o_k[:, None] if V_FIRST else p_kv
-    begin = unit * segment
-    stop = tl.minimum(begin + segment, tokens)
+    begin = (unit + tl.where(back, pieces, 0)) * piece
+    stop = tl.minimum(begin + piece, tokens)
     first, last = sequences_in(cu_seqlens, N, T, tokens, begin, stop)
     last = tl.minimum(last, N)
     place = ((side * units + unit) * H + i_h).to(tl.int64)
     added += place * (K * V + K)
+    # a piece in which no sequence goes on adds nothing and keeps nothing
+    tl.store(added + p_kv, tl.zeros([BX, BZ], tl.float32), mask=m_s)
+    if NORMALIZE:
+        tl.store(added + K * V + o_k, tl.zeros([BX], tl.float32), mask=m_k & (i_v == 0))
+    tl.store(kept + place, 0.0, mask=(i_k == 0) & (i_v == 0))
     gamma = 0.0
     if g_gamma is not None:
         gamma = tl.load(g_gamma + i_h).to(tl.float32) * LOG2E
@@ -151,14 +157,15 @@ def summary_kernel(
         tl.store(kept + place, share, mask=m & (i_k == 0) & (i_v == 0))
 
 
-@triton.jit(do_not_specialize=["segments", "heads"])
+@triton.jit(do_not_specialize=["units", "pieces", "heads"])
 def join_kernel(
-    carry, kept, segments, heads, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr
-):
-    """S ← kept S + added, segment by segment; what a segment adds gives way to what enters it.
+    carry, added, kept, units, pieces, heads,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """S ← kept S + added, piece by piece, and what enters each segment of so many ``pieces``.
 
     A program owns BLOCK elements of a state of one head, or of its gradient, which goes the other
-    way.  carry [sides, segments, heads, SIZE].
+    way.  added [sides, units, heads, SIZE], carry [sides, segments, heads, SIZE].
     """
     blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     i_h = tl.program_id(0) // blocks
@@ -166,26 +173,34 @@ def join_kernel(
     back = (side == 1) != REVERSE
     i_h = i_h % heads
     o = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    last = units // pieces
+    carry += side * (last + 1) * heads.to(tl.int64) * SIZE + o
     b_s = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, segments):
-        i_s = side * segments + tl.where(back, segments - 1 - i, i)
-        at = (i_s * heads + i_h).to(tl.int64)
-        b_added = tl.load(carry + at * SIZE + o, mask=o < SIZE, other=0.0)
+    for i in tl.range(0, units, num_stages=4):
+        unit = side * units + tl.where(back, units - 1 - i, i)
+        at = (unit * heads + i_h).to(tl.int64)
+        b_added = tl.load(added + at * SIZE + o, mask=o < SIZE, other=0.0)
         s_kept = tl.load(kept + at)
-        tl.store(carry + at * SIZE + o, b_s, mask=o < SIZE)
+        segment = tl.where(back, last - i // pieces, i // pieces)
+        m = (o < SIZE) & (i % pieces == 0)
+        tl.store(carry + (segment * heads + i_h).to(tl.int64) * SIZE, b_s, mask=m)
         b_s = b_s * s_kept + b_added
+    segment = tl.where(back, 0, last)
+    tl.store(carry + (segment * heads + i_h).to(tl.int64) * SIZE, b_s, mask=o < SIZE)
 
 
-def join(carry: Tensor, kept: Tensor, reverse: bool) -> None:
-    """Join the summaries [sides, segments, heads, size] in their order of time."""
-    sides, segments, heads, size = carry.shape
+def join(added: Tensor, kept: Tensor, pieces: int, reverse: bool) -> Tensor:
+    """Join the summaries [sides, units, heads, size] in their order of time: ``join_kernel``."""
+    sides, units, heads, size = added.shape
+    carry = added.new_empty(sides, units // pieces + 1, heads, size)
     launch(
         join_kernel,
         sides * heads * cdiv(size, _BLOCK),
-        (carry, kept),
-        (segments, heads),
+        (carry, added, kept),
+        (units, pieces, heads),
         {"SIZE": size, "BLOCK": _BLOCK, "REVERSE": reverse},
     )
+    return carry
 
 
 LINES = (
@@ -204,21 +219,20 @@ def summarise(
     side; ``starts`` a state and a z for each side.
     """
     K, V = call.K, call.V
-    carry = operands[0].new_zeros(
-        sides, call.units(segment), call.H, K * V + K, dtype=torch.float32
-    )
-    # zeros: a segment in which no sequence goes on adds nothing and keeps nothing
-    kept = carry.new_zeros(carry.shape[:3])
+    piece = call.piece(segment)
+    pieces = segment // piece
+    units = (call.units(segment) - 1) * pieces
+    added = operands[0].new_empty(sides, units, call.H, K * V + K, dtype=torch.float32)
+    kept = added.new_empty(added.shape[:3])
     line = call.choose(LINES, K)
     *operands, norm, dnorm = operands
     launch(
         summary_kernel,
         kept.numel() * cdiv(K, line.BX) * cdiv(V, line.BZ),
-        (*operands, *decays, norm, dnorm, *starts, carry, kept, cu_seqlens),
-        (scale, call.N, call.T, call.tokens, segment),
+        (*operands, *decays, norm, dnorm, *starts, added, kept, cu_seqlens),
+        (scale, call.N, call.T, call.tokens, piece, units, pieces),
         call.constants
         | line.constants
         | {"K": K, "V": V, "V_FIRST": options.state_v_first, "NORMALIZE": options.normalize},
     )
-    join(carry, kept, options.reverse)
-    return carry
+    return join(added, kept, pieces, options.reverse)

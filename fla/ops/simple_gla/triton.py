@@ -19,8 +19,13 @@ from fla.ops.simple_gla.segments import summarise
 from fla.ops.simple_gla.walk import LINES, walk
 
 
-def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options, walk=walk):
-    """Return o [B, T, H, V], the final state and z, and the normaliser [B, T, H]."""
+def forward(
+    q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options, walk=walk, at_once=2
+):
+    """Return o [B, T, H, V], the final state and z, and the normaliser [B, T, H].
+
+    Of the ``walk``'s programs ``at_once`` run side by side on a multiprocessor.
+    """
     if not q.numel() or not v.numel():  # nothing to launch
         return eager.forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options)
     q, k, v, g_gamma, initial_state, initial_z, cu_seqlens = dense(
@@ -35,7 +40,7 @@ def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options, 
         final = q.new_empty(call.N, call.H, *sizes, dtype=torch.float32)
         if options.normalize:
             final_z = q.new_empty(call.N, 1, call.H, call.K, dtype=torch.float32)
-    segment = call.segment(call.choose(LINES, call.K), call.K, call.V)
+    segment = call.segment(call.choose(LINES, call.K), call.K, call.V, at_once)
     carry = None
     if segment:
         operands = k, v, k, v, None, None
@@ -52,7 +57,7 @@ def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options, 
 
 def backward(
     do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, options,
-    walk=walk,
+    walk=walk, at_once=2,
 ):  # fmt: skip
     """Return the gradients of q, k, v, g, the initial state and the initial z."""
     if not q.numel() or not v.numel():
@@ -69,7 +74,7 @@ def backward(
     starts, dstarts = (initial_state, initial_z), (dstate, dz)
     ends = tuple(None if x is None else torch.empty_like(x) for x in starts)
     scale = options.scale or 1e-30  # gradients of states are divided by it on their way
-    segment = call.segment(call.choose(LINES, call.V), call.V, call.K)
+    segment = call.segment(call.choose(LINES, call.V), call.V, call.K, at_once)
     carry = dcarry = None
     if segment:
         operands = k, v, q, do, norm, dnorm
