@@ -404,6 +404,7 @@ def _modules() -> dict[str, Any]:
     """What kernels import in place of Gluon."""
     language = types.SimpleNamespace(
         constexpr=constexpr,
+        tensor=Value,
         float32=torch.float32,
         float64=torch.float64,
         uint32="uint32",
