@@ -438,6 +438,7 @@ def _modules() -> dict[str, Any]:
     """What kernels import in place of Gluon."""
     language = types.SimpleNamespace(
         constexpr=constexpr,
+        tensor=Value,
         float32=torch.float32,
         float64=torch.float64,
         bfloat16=torch.bfloat16,

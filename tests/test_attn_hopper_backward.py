@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -17,72 +18,131 @@ from fla.ops.attn import hopper_backward
 from fla.ops.attn.engine import Options
 
 LONG = 8192
+# What a thread may leave in memory between steps: addresses, but no block
+SCRAPS = 160
 # Triton's kernels run in its interpreter, that for Hopper over a stand-in for Gluon
 EMULATED = """
 import json, torch
-from emulated_gluon import Value, emulated
-from fla.ops.attn import blocks, eager
+from emulated_gluon import TensorDescriptor, Value, emulated
+from fla.ops.attn import blocks, eager, hopper_backward as stage
 from fla.ops.attn.engine import Options
 from fla.testing.compare import relative_error
 
 torch.set_num_threads(1)
-with emulated("fla.ops.common.hopper", "fla.ops.attn.hopper_backward") as (*_, stage):
-    stage.power = lambda x: Value(torch.exp2(x.x))
+names = "common.kernels", "attn.blocks", "common.hopper", "attn.hopper_steps", "attn.hopper_keys"
+with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, hopper, _, keys):
+    keys.power = lambda x: Value(torch.exp2(x.x))
+stage.hopper_backward_kernel, stage.descriptor = keys.hopper_backward_kernel, hopper.descriptor
+stage.TensorDescriptor = TensorDescriptor
+stage.SHORTEST = stage.FEWEST = 1
 
-for B, T, HQ, H in (
-    (1, 1, 1, 1), (2, 15, 2, 1), (1, 63, 2, 2), (1, 64, 2, 1), (1, 65, 2, 1), (2, 127, 2, 1),
-    (1, 128, 3, 1), (1, 129, 2, 1), (1, 300, 4, 2),
+products = 0
+start = keys.product_with_keys
+def counted(*arguments):
+    global products
+    products += 1
+    return start(*arguments)
+keys.product_with_keys = counted
+
+def back_again(g):  # what some forget, others see again
+    g = torch.full_like(g, -0.4)
+    g[:, g.shape[1] // 2 :][:, :40] = 2.0
+    return g
+
+gates = {
+    "none": lambda g: None,
+    "mild": lambda g: torch.nn.functional.logsigmoid(g + 4),
+    "forgetful": torch.nn.functional.logsigmoid,
+    "growing": lambda g: g / 5,
+    "steep": lambda g: torch.where(torch.arange(g.shape[1])[:, None] % 37 > 0, g / 1e3, -1e4),
+    "back again": back_again,
+}
+for (B, T, HQ, H), gate, sink in (
+    ((1, 1, 1, 1), "none", False), ((2, 15, 2, 1), "none", False), ((1, 64, 2, 2), "none", True),
+    ((2, 65, 2, 1), "none", False), ((2, 127, 2, 1), "none", True), ((1, 300, 4, 2), "none", False),
+    ((1, 1, 2, 1), "mild", True), ((1, 64, 2, 1), "mild", False), ((2, 129, 2, 1), "mild", True),
+    ((1, 300, 4, 2), "mild", False), ((1, 260, 2, 1), "steep", False),
+    ((1, 700, 2, 1), "growing", True), ((1, 700, 2, 1), "forgetful", False),
+    ((1, 1000, 2, 1), "back again", False),
 ):
     torch.manual_seed(T)
     do, q = torch.randn(2, B, T, HQ, 128)
     k, v = torch.randn(2, B, T, H, 128)
-    given = q, k, v, None, None, None
+    sink_bias = torch.randn(HQ) if sink else None
+    given = q, k, v, gates[gate](torch.randn(B, T, HQ)), sink_bias, None
     o, lse = eager.forward(*given, Options(0.1))
-    expected = eager.backward(do, *given, o, lse, Options(0.1))[:3]
-    call = blocks.Call(q, v, None, 0.1, None)
-    found = stage.run_backward(call, do, q, k, v, o, lse.contiguous())
+    expected = eager.backward(do, *given, o, lse, Options(0.1))
+    products = 0
+    found = stage.backward(do, *given, o, lse.contiguous(), Options(0.1))
+    # of each step, in both partitions, and one at their ends
+    blocks_of = range(0, T, 128)
+    most = sum(HQ * B * -(-(T - j) // 64) for j in blocks_of)
+    steps = products // 2 - len(blocks_of) * B * H
     # the only key of one token has no gradient
     pairs = list(zip(found, expected))[2 if T == 1 else 0 :]
-    print(json.dumps([str((B, T, HQ, H)), [relative_error(x, y) for x, y in pairs]]))
+    errors = [relative_error(x, y) for x, y in pairs]
+    print(json.dumps([f"{B, T, HQ, H} {gate}", errors, steps / most]), flush=True)
 """
 
 
-def operands(B=1, T=LONG, HQ=32, H=8, D=128, dtype=torch.bfloat16):
+def operands(B=1, T=LONG, HQ=32, H=8, D=128, dtype=torch.bfloat16, gate=None, sink=None):
     """do, q, k, v, then what a call may have beside them, o and lse."""
     q = torch.empty(B, T, HQ, D, dtype=dtype)
     k = torch.empty(B, T, H, D, dtype=dtype)
-    return q, q, k, k, None, None, None, q, torch.empty(B, HQ, T)
+    g = None if gate is None else torch.empty(B, T, HQ, dtype=gate)
+    sink_bias = None if sink is None else torch.empty(HQ, dtype=sink)
+    return q, q, k, k, g, sink_bias, None, q, torch.empty(B, HQ, T)
 
 
-def test_compiles(tmp_path):
+@pytest.mark.parametrize(
+    "dtype, gate, sink",
+    [
+        (torch.bfloat16, None, None),
+        (torch.float16, None, torch.float32),
+        (torch.bfloat16, torch.float32, None),
+        (torch.float16, torch.bfloat16, torch.float16),
+    ],
+)
+def test_compiles(dtype, gate, sink, tmp_path):
     """What shared memory holds fits, and products run while others are waited for."""
     with compiling(90) as compiled:
-        hopper_backward.backward(*operands(), Options(1.0))
-    names = [each.metadata.name for each in compiled]
-    assert names == ["rows_kernel", "hopper_backward_kernel", "dq_kernel"]
-    kernel = compiled[1]
+        given = operands(dtype=dtype, gate=gate, sink=sink)
+        hopper_backward.backward(*given, Options(1.0))
+    names = ["rows_kernel", "hopper_backward_kernel", "dq_kernel"]
+    if gate is not None:
+        names = ["gates_kernel", *names, "gate_kernel"]
+    assert [each.metadata.name for each in compiled] == names
+    kernel = compiled[names.index("hopper_backward_kernel")]
     assert kernel.metadata.shared <= 227 << 10
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(kernel.asm["cubin"])
-    command = [knobs.nvidia.cuobjdump.path, "-sass", str(binary)]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def show(what: str) -> str:
+        command = [knobs.nvidia.cuobjdump.path, what, str(binary)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    code, usage = show("-sass"), show("-res-usage")
     # where registers do not suffice, the assembler waits for every single product
     assert 0 < 4 * code.count("WARPGROUP.DEPBAR") < code.count("HGMMA")
-    # four elements of a sum at once
-    assert code.count("REDG.E.ADD.F32x4") == 2 * 4096 // (4 * 32)
+    assert max(map(int, re.findall(r"STACK:(\d+)", usage))) <= SCRAPS, usage
+    # four elements of a sum at once; more of rows and columns
+    sums = 2 * 4096 // (4 * 32)
+    assert sums <= code.count("REDG.E.ADD.F32x4") <= sums + (gate is not None)
 
 
 def test_emulated():
-    """Partitions meet as they should, and what they compute together is right."""
+    """Partitions meet as they should, what they compute is right, and what is not needed left."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     command = [sys.executable, "-c", EMULATED]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     found = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(found) == 9
-    for case, errors in found:
+    assert len(found) == 14
+    for case, errors, share in found:
         assert errors and all(error < 1e-5 for error in errors), (case, errors)
+        left_out = "forgetful" in case or "back again" in case or "steep" in case
+        assert share < 1 if left_out else share == 1, (case, share)
 
 
 def test_lengths_share_a_kernel():
@@ -102,17 +162,18 @@ def test_lengths_share_a_kernel():
         ({"T": 4095, "H": 32}, Options(1.0), False),
         ({"T": 4096}, Options(1.0), False),
         ({"D": 96}, Options(1.0), False),
-        ({"dtype": torch.float16}, Options(1.0), False),
+        ({"dtype": torch.float16}, Options(1.0), True),
+        ({"gate": torch.float32}, Options(1.0), True),
+        ({"sink": torch.float32}, Options(1.0), True),
     ],
 )
 def test_who_gets_it(sizes, options, takes):
     assert chosen(*operands(**sizes), options) == ("hopper" if takes else "triton")
 
 
-@pytest.mark.parametrize("place", [4, 5, 6])
-def test_options_go_to_triton(place):
+def test_packed_sequences_go_to_triton():
     given = list(operands())
-    given[place] = torch.empty(1)
+    given[6] = torch.tensor([0, LONG])
     assert chosen(*given, Options(1.0)) == "triton"
 
 
@@ -127,9 +188,10 @@ def chosen(*arguments):
 
     def run(_, do, q, k, v, *rest):
         made.append("hopper")
-        return q.clone(), k, v
+        return q.clone(), k, v, None, None
 
     with (
+        mock.patch.object(hopper_backward, "gates", lambda *_: (None, None)),
         mock.patch.object(hopper_backward, "run_backward", run),
         mock.patch.object(hopper_backward.portable, "backward", lambda *_: made.append("triton")),
     ):

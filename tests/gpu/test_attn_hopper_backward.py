@@ -6,6 +6,7 @@ Run as a program it makes a few small calls, for compute-sanitizer.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from unittest import mock
 
 import on_hopper
@@ -13,7 +14,7 @@ import pytest
 import sanitizer
 import torch
 
-from fla.ops.attn import hopper_backward, parallel_attn
+from fla.ops.attn import blocks, hopper_backward, parallel_attn
 from fla.ops.common.dispatch import use
 from fla.testing import Shape, all_specs
 from fla.testing.compare import measure, relative_error
@@ -36,37 +37,58 @@ def hopper():
         yield launched
 
 
-def operands(B, T, HQ, H):
-    """do, q, k and v."""
+def operands(B, T, HQ, H, dtype=torch.bfloat16, gate=None, sink=False):
+    """do, q, k, v, g and the sink; g is logsigmoid(N(gate, 1)), at times what nothing survives."""
     torch.manual_seed(T)
 
     def draw(heads):
-        return torch.randn(B, T, heads, 128, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(B, T, heads, 128, device="cuda", dtype=dtype)
 
-    return draw(HQ), draw(HQ), draw(H), draw(H)
+    g = None
+    if gate is not None:
+        g = torch.nn.functional.logsigmoid(torch.randn(B, T, HQ, device="cuda") + gate)
+        g = torch.where(torch.rand_like(g) < 1e-3, -1e4, g)
+    sink_bias = torch.randn(HQ, device="cuda") if sink else None
+    return draw(HQ), draw(HQ), draw(H), draw(H), g, sink_bias
 
 
-def gradients(do, q, k, v, scale=None):
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    return torch.autograd.grad(parallel_attn(*inputs, scale=scale), inputs, do)
+def gradients(do, q, k, v, g=None, sink_bias=None, scale=None):
+    inputs = {"q": q, "k": k, "v": v, "g": g, "sink_bias": sink_bias}
+    inputs = {x: y.detach().requires_grad_() for x, y in inputs.items() if y is not None}
+    o = parallel_attn(**inputs, scale=scale)
+    return torch.autograd.grad(o, list(inputs.values()), do)
 
 
-@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize(
+    "variant, group, dtype",
+    [
+        ("plain", 1, torch.bfloat16),
+        ("plain", 4, torch.bfloat16),
+        ("plain", 4, torch.float16),
+        ("sink", 4, torch.bfloat16),
+        ("gate", 1, torch.float16),
+        ("gate", 4, torch.bfloat16),
+        ("growth", 4, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("T", [1, 15, 63, 64, 65, 127, 128, 129, 500, 1025])
-def test_against_fp64(T, group):
+def test_against_fp64(T, variant, group, dtype):
     with hopper() as launched:
         shape = Shape(T=T, K=128, V=128, group=group)
-        found = measure(SPEC, shape, "plain", torch.bfloat16, "cuda")
+        found = measure(SPEC, shape, variant, dtype, "cuda")
     wrong = {name: pair for name, pair in found.items() if not pair[0] <= pair[1]}
     assert launched.called and found and not wrong, wrong
 
 
+@pytest.mark.parametrize(
+    "gate, sink", [(None, False), (None, True), (12.0, False), (4.0, False), (0.0, True)]
+)
 @pytest.mark.parametrize("scale", [0.1, -0.3, 0.0])
 @pytest.mark.parametrize(
-    "size", [(1, 8192, 32, 8), (3, 2000, 6, 2), (2, 4097, 2, 2), (1, 65, 7, 1)]
+    "size", [(1, 8192, 32, 8), (3, 2000, 8, 2), (2, 4097, 8, 2), (1, 65, 7, 1)]
 )
-def test_agrees_with_triton(size, scale):
-    given = operands(*size)
+def test_agrees_with_triton(size, scale, gate, sink):
+    given = operands(*size, gate=gate, sink=sink)
     with hopper() as launched:
         found = gradients(*given, scale)
     assert launched.called
@@ -76,10 +98,19 @@ def test_agrees_with_triton(size, scale):
         assert relative_error(x, y) < 5e-3
 
 
-@pytest.mark.parametrize("size", [(2, 2048, 16, 4), (1, 4097, 8, 8)])
-def test_a_thousand_times_the_same_bits(size):
+@pytest.mark.parametrize(
+    "size, gate, sink",
+    [
+        ((2, 2048, 32, 8), None, False),
+        ((1, 4097, 8, 8), None, True),
+        ((2, 2048, 32, 8), 12.0, False),
+        ((2, 2048, 32, 8), 4.0, False),
+        ((1, 4097, 8, 8), 0.0, True),
+    ],
+)
+def test_a_thousand_times_the_same_bits(size, gate, sink):
     """Where a barrier is missing, or programs add when they come, they move."""
-    given = operands(*size)
+    given = operands(*size, gate=gate, sink=sink)
     with hopper():
         first = gradients(*given)
         moved = torch.zeros((), device="cuda", dtype=torch.int64)
@@ -89,9 +120,21 @@ def test_a_thousand_times_the_same_bits(size):
     assert not moved.item()
 
 
-def test_what_lies_beside_a_sequence_is_not_read():
+@pytest.mark.parametrize("gate", [0.0, 4.0, 12.0])
+def test_what_is_left_out_does_not_show(gate):
+    given = operands(1, 8192, 32, 8, gate=gate)
+    with hopper():
+        found = gradients(*given)
+        with blocks.nothing_left_out():
+            expected = gradients(*given)
+    for x, y in zip(found, expected, strict=True):
+        assert relative_error(x, y) < 1e-5
+
+
+@pytest.mark.parametrize("gate", [None, 4.0])
+def test_what_lies_beside_a_sequence_is_not_read(gate):
     """The last block of a sequence reaches into the next one, here full of NaN."""
-    given = operands(2, 300, 4, 2)
+    given = [x for x in operands(2, 300, 8, 2, gate=gate) if x is not None]
     with hopper():
         expected = [x[0] for x in gradients(*given)]
         for x in given:
@@ -101,13 +144,14 @@ def test_what_lies_beside_a_sequence_is_not_read():
         assert torch.equal(x[0], y) and x[1].isnan().all()
 
 
-def test_capture():
-    do, q, k, v = operands(1, 4096, 8, 2)
-    o, lse = torch.ops.fla.softmax_forward(q, k, v, None, None, None, 0.1, None)
+@pytest.mark.parametrize("gate", [None, 4.0])
+def test_capture(gate):
+    do, q, k, v, g, _ = operands(1, 4096, 32, 8, gate=gate)
+    o, lse = torch.ops.fla.softmax_forward(q, k, v, g, None, None, 0.1, None)
 
     def run():
-        arguments = q, do, k, v, None, None, None, o, lse, 0.1, None
-        return torch.ops.fla.softmax_backward(*arguments)[:3]
+        arguments = q, do, k, v, g, None, None, o, lse, 0.1, None
+        return torch.ops.fla.softmax_backward(*arguments)[: 3 if g is None else 4]
 
     with hopper() as launched:
         run()
@@ -126,10 +170,10 @@ def test_nothing_is_compiled_again():
         return len(hopper_backward.hopper_backward_kernel.device_caches[0][0])
 
     with hopper():
-        gradients(*operands(1, 640, 4, 2))
+        gradients(*operands(1, 640, 8, 2, gate=2.0))
         before = compiled()
         for T in range(2, 102):
-            gradients(*operands(1, T, 4, 2))
+            gradients(*operands(1, T, 8, 2, gate=2.0))
     assert compiled() == before
 
 
@@ -139,12 +183,13 @@ def test_stays_in_its_memory():
 
 
 def main() -> None:
-    sizes = ((1, 1, 1, 1), (2, 300, 4, 2), (1, 700, 4, 1))
+    sizes = (1, 1, 8, 2), (2, 300, 8, 2), (1, 700, 8, 2)
+    options = {}, {"gate": 0.0}, {"gate": 12.0}, {"sink": True}
     with hopper() as launched:
-        for size in sizes:
-            gradients(*operands(*size))
+        for size, more in itertools.product(sizes, options):
+            gradients(*operands(*size, **more))
             torch.cuda.synchronize()
-    assert launched.call_count == len(sizes)
+    assert launched.call_count == len(sizes) * len(options)
 
 
 if __name__ == "__main__":

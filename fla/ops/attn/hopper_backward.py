@@ -1,13 +1,7 @@
-"""The softmax engine's backward on Hopper: five products a pair of blocks, warp-specialised.
+"""The softmax engine's backward on Hopper: what goes before and after ``hopper_keys``; who gets it.
 
-    p_ij = exp(s_ij − lse_i)    Δ_i = do_i·o_i    dS_ij = p_ij (do_i·v_j − Δ_i)
-    dq_i = scale Σ_j dS_ij k_j    dk_j = scale Σ_i dS_ij q_i    dv_j = Σ_i p_ij do_i
-
-A program owns a block of keys, and adds what its keys give to dq in global memory: after the blocks
-before it, so that the same bits come out every time.  Programs take blocks in the order in which
-they start, the first keys first, which have the most queries, and go through their queries from the
-last ones backwards, all heads of a group at each block of them.  So they follow each other a step
-apart, and who waits, waits for programs that are running.
+With gates, a block of queries needs the keys from an interval on: it is known before any product,
+from the bound of ``blocks.first_interval_needed``, and no program comes to blocks without need.
 """
 
 from __future__ import annotations
@@ -16,30 +10,27 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fla.ops.attn import triton as portable
-from fla.ops.attn.blocks import LOG2E, Call
-from fla.ops.common.boundary import absent
-from fla.ops.common.hopper import (
-    CONSUMER_REGISTERS,
-    Ring,
-    arrive,
-    descriptor,
-    new_barriers,
-    new_tiles,
-    wait_before,
-    wait_for,
+from fla.ops.attn.backward import gate_kernel
+from fla.ops.attn.blocks import (
+    LOG2E,
+    SEARCH,
+    SPAN,
+    Call,
+    first_interval_needed,
+    gate_marks,
+    gate_sums,
+    gates,
+    largest_norm,
+    tile,
 )
+from fla.ops.attn.hopper_keys import hopper_backward_kernel
+from fla.ops.attn.hopper_steps import KEYS, ROWS
+from fla.ops.common.boundary import absent
+from fla.ops.common.hopper import descriptor
 from fla.ops.common.kernels import cdiv, dense
 from fla.ops.common.launch import launch
 
@@ -47,385 +38,151 @@ from fla.ops.common.launch import launch
 SHORTEST = 4096
 FEWEST = 512
 HEAD = 128
-# A step is 64 queries of a head that meet 128 keys: dk, dv, and the logits and their gradients of
-# 64 keys fill a consumer's registers, three steps of q and do nearly all that k and v leave.
-ROWS = gl.constexpr(64)
-KEYS = gl.constexpr(128)
-STAGES = gl.constexpr(3)
-# Of dS a step is written while the one before it is read
-DS_STAGES = gl.constexpr(2)
-DQ_STAGES = gl.constexpr(1)
-# How many steps the turns may be known ahead
-TURNS = gl.constexpr(4)
-# Elements of dq that a warp moves at once
-LINE = gl.constexpr(512)
-# Those of four warps that copy, add and wait
-HELPER_REGISTERS = gl.constexpr(32)
+# Heads of a program that sums a gate's gradient: it writes them side by side.
+_HEADS = 16
 
 
-@triton.jit(do_not_specialize=["T"])
-def rows_kernel(o, do, lse, rows, turns, T, HQ: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
-    """−lse and Δ of BM queries of one head, to rows [B, HQ, blocks, 2, BM]; and nobody's turn yet.
+@triton.jit
+def query_block(i, N, T, HQ: tl.constexpr, BM: tl.constexpr):
+    """What program i owns, a block i_s of BM queries of a head and sequence; and its number.
 
-    Reads o and do [BM, D] and lse [BM].  What is behind T weighs nothing.
+    Blocks of a head and sequence are counted to the end of its last interval.
     """
-    i = tl.program_id(0)
     blocks = tl.cdiv(T, BM)
     i_h = i % HQ
     i_s = i // HQ % blocks
-    i_b = i // HQ // blocks
-    o_i = i_s * BM + tl.arange(0, BM)
+    n = i // HQ // blocks
+    return i_h, i_s, n, (i_h * N + n) * tl.cdiv(T, SPAN) * (SPAN // BM) + i_s
+
+
+@triton.jit
+def in_two(x):
+    """A number in fp64 as two in fp32."""
+    high = x.to(tl.float32)
+    return high, (x - high).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["N", "T", "intervals"])
+def rows_kernel(
+    q, o, do, lse, sums, marks, rows, keys, turns, needed, latest, row_sums, column_sums,
+    scale, floor, N, T, intervals,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """What is to be known of BM queries of one head; and zeros, where sums are to come.
+
+    Reads o and do [BM, D] and lse [BM].  Writes −lse and Δ to rows [blocks, 2, BM], and the first
+    block of keys that is needed to turns.  What is behind T weighs nothing.
+
+    With gates rows are [blocks, 2, 4, BM]: for keys of the same interval −lse, Δ, since and rest;
+    for others since − lse, Δ, and in two floats the sum of all gates before the interval.  To keys
+    [intervals, 2, 2, SPAN] goes what the interval's keys bring along: since and rest, or until and,
+    as its first two floats, the sum of all gates to the interval's end.  Which keys are needed also
+    goes to needed and to latest, see ``hopper_steps.new_steps``.
+    """
+    i_h, i_s, n, block = query_block(tl.program_id(0), N, T, H * G, BM)
+    o_m = tl.arange(0, BM)
+    o_i = i_s * BM + o_m
     m_i = o_i < T
-    at = ((i_b.to(tl.int64) * T + o_i)[:, None] * HQ + i_h) * D + tl.arange(0, D)[None, :]
-    b_o = tl.load(o + at, mask=m_i[:, None], other=0.0).to(tl.float32)
-    b_do = tl.load(do + at, mask=m_i[:, None], other=0.0).to(tl.float32)
+    row = n.to(tl.int64) * T + i_s * BM
+    at = row * (H * G * D) + i_h * D
+    b_o = tile(o + at, o_m, m_i, H * G * D, D, D).to(tl.float32)
+    b_do = tile(do + at, o_m, m_i, H * G * D, D, D).to(tl.float32)
     b_delta = tl.sum(b_o * b_do, 1)
-    head = i_b * HQ + i_h
-    b_lse = tl.load(lse + head.to(tl.int64) * T + o_i, mask=m_i, other=float("inf"))
-    block = head * blocks + i_s
-    p = rows + block.to(tl.int64) * (2 * BM) + tl.arange(0, BM)
-    tl.store(p, -b_lse * LOG2E)
-    tl.store(p + BM, b_delta)
-    tl.store(turns + block, 0)
+    p_lse = lse + (n * (H * G) + i_h).to(tl.int64) * T
+    b_lse = tl.load(p_lse + o_i, mask=m_i, other=float("inf")) * LOG2E
+    SIZE: tl.constexpr = 2 * BM if sums is None else 8 * BM
+    p_rows = rows + block.to(tl.int64) * SIZE + o_m
+    tl.store(p_rows, -b_lse)
+    tl.store(p_rows + BM, b_delta)
+    p_sums = block.to(tl.int64) * BM + o_m
+    if row_sums is not None:
+        tl.store(row_sums + p_sums, tl.zeros([BM], tl.float32))
+    first = i_s * 0
+    if sums is not None:
+        tl.store(column_sums + p_sums, tl.zeros([BM], tl.float32))
+        slot = n * tl.cdiv(T, SPAN)
+        i_i = i_s // (SPAN // BM)
+        p_since, p_rest, p_until = gate_sums(sums, i_h, slot, intervals, H * G)
+        p_total, p_rise, p_norm = gate_marks(marks, i_h, i_h // G, slot, intervals, H * G)
+        b_since = tl.load(p_since + o_i)
+        b_reach = b_since - b_lse
+        b_before = tl.zeros([SEARCH], tl.float64)
+        for start in range(0, i_i, SEARCH):
+            o_x = start + tl.arange(0, SEARCH)
+            b_before += tl.load(p_total + o_x, mask=o_x < i_i, other=0.0).to(tl.float64)
+        before = tl.sum(b_before, 0)
+        high, low = in_two(before)
+        tl.store(p_rows + 2 * BM, b_since)
+        tl.store(p_rows + 3 * BM, tl.load(p_rest + o_i))
+        tl.store(p_rows + 4 * BM, b_reach)
+        tl.store(p_rows + 5 * BM, b_delta)
+        tl.store(p_rows + 6 * BM, high + tl.zeros([BM], tl.float32))
+        tl.store(p_rows + 7 * BM, low + tl.zeros([BM], tl.float32))
+        if i_s % (SPAN // BM) == 0:
+            o_j = tl.arange(0, SPAN)
+            p_keys = keys + (block // (SPAN // BM)).to(tl.int64) * (4 * SPAN) + o_j
+            high, low = in_two(before + tl.load(p_total + i_i))
+            tl.store(p_keys, tl.load(p_since + i_i * SPAN + o_j))
+            tl.store(p_keys + SPAN, tl.load(p_rest + i_i * SPAN + o_j))
+            tl.store(p_keys + 2 * SPAN, tl.load(p_until + i_i * SPAN + o_j))
+            tl.store(p_keys + 3 * SPAN, tl.where(o_j == 0, high, low))
+        norm = largest_norm(tile(q + at, o_m, m_i, H * G * D, D, D)) * scale
+        first = first_interval_needed(p_total, p_rise, p_norm, i_i, norm, tl.max(b_reach, 0), floor)
+        tl.store(needed + block, first)
+        p_latest = latest + (n * H + i_h // G) * tl.cdiv(T, SPAN) + first
+        tl.atomic_max(p_latest, i_s, sem="relaxed")
+        tl.atomic_add(p_latest + N * H * tl.cdiv(T, SPAN), 1, sem="relaxed")
+    tl.store(turns + block, first)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["N", "T"])
 def dq_kernel(
-    sums, dq, scale, T, HQ: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
-):
-    """dq of BM queries of one head, from sums [B, HQ, blocks, BM · BK] as ``offer`` has them."""
-    i = tl.program_id(0)
-    blocks = tl.cdiv(T, BM)
-    i_h = i % HQ
-    i_s = i // HQ % blocks
-    i_b = i // HQ // blocks
-    block = (i_b * HQ + i_h) * blocks + i_s
+    sums, rows, row_sums, column_sums, sink, dq, dgate_sum, dsink, scale, N, T,
+    HQ: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """dq of BM queries of one head, from sums [blocks, BM · BK] as ``hopper_keys.offer`` has them.
+
+    With gates also subtracts what their tokens have as keys from their row_sums, and adds that up.
+    """
+    i_h, i_s, n, block = query_block(tl.program_id(0), N, T, HQ, BM)
     b_dq = tl.load(sums + block.to(tl.int64) * (BM * BK) + tl.arange(0, BM * BK))
     W: tl.constexpr = BK // 2
     b_dq = b_dq.reshape([2, W // 8, 4, 8, 4, 2, 2]).permute((2, 5, 3, 0, 1, 4, 6)).reshape([BM, BK])
-    o_i = i_s * BM + tl.arange(0, BM)
+    o_m = tl.arange(0, BM)
+    o_i = i_s * BM + o_m
     o_d = tl.arange(0, BK)
-    at = ((i_b.to(tl.int64) * T + o_i)[:, None] * HQ + i_h) * K + o_d[None, :]
+    at = ((n.to(tl.int64) * T + o_i)[:, None] * HQ + i_h) * K + o_d[None, :]
     m = (o_i < T)[:, None] & (o_d < K)[None, :]
     tl.store(dq + at, (b_dq * scale).to(dq.dtype.element_ty), mask=m)
-
-
-@gluon.jit
-def block_of(n, last, i_h, i_b, T, H: gl.constexpr, G: gl.constexpr):
-    """The number of what step n is of, a query block of a head, among those of all heads."""
-    i_s = last - n // G
-    i_hq = i_h * G + n % G
-    return (i_b * (H * G) + i_hq) * gl.cdiv(T, ROWS) + i_s
-
-
-@gluon.jit
-def produce(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, k_tiles, v_tiles, ready, q_ring, do_ring, row_tiles,
-    i_h, i_b, j, first, last, T, H: gl.constexpr, G: gl.constexpr,
-):  # fmt: skip
-    """Copy the program's keys and values; then of each step q with its rows, and do."""
-    mbarrier.expect(ready, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
-    for i_w in gl.static_range(2):
-        place = [i_b, j * KEYS + i_w * ROWS, i_h, 0]
-        tma.async_copy_global_to_shared(k_desc, place, ready, k_tiles.index(i_w))
-        tma.async_copy_global_to_shared(v_desc, place, ready, v_tiles.index(i_w))
-    blocks = gl.cdiv(T, ROWS)
-    for n in range((last - first + 1) * G):
-        i_s = last - n // G
-        i_hq = i_h * G + n % G
-        place = [i_b, i_s * ROWS, i_hq, 0]
-        stage = n % STAGES
-        wait_before(q_ring.empty, n)
-        arrived = q_ring.ready.index(stage)
-        mbarrier.expect(arrived, q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, place, arrived, q_ring.tiles.index(stage))
-        at = [(i_b * (H * G) + i_hq) * blocks + i_s, 0, 0, 0]
-        tma.async_copy_global_to_shared(rows_desc, at, arrived, row_tiles.index(stage))
-        arrived = do_ring.ready.index(stage)
-        mbarrier.expect(arrived, do_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(do_desc, place, arrived, do_ring.tiles.index(stage))
-
-
-@gluon.jit
-def await_turns(
-    come, told, turns, i_h, i_b, j, first, last, T, H: gl.constexpr, G: gl.constexpr
-):  # fmt: skip
-    """Say of each step when all programs before this one have added to its dq."""
-    for n in range((last - first + 1) * G):
-        block = block_of(n, last, i_h, i_b, T, H, G)
-        while gl.atomic_add(turns + block, 0, sem="acquire", scope="gpu") < j:
-            pass
-        wait_before(told, n)
-        arrive(come, n)
-
-
-@gluon.jit
-def pass_turns(
-    added, told, turns, i_h, i_b, j, first, last, T, H: gl.constexpr, G: gl.constexpr
-):  # fmt: skip
-    """Tell the next program of each step that has been added."""
-    for n in range((last - first + 1) * G):
-        block = block_of(n, last, i_h, i_b, T, H, G)
-        wait_for(added, n)
-        gl.atomic_xchg(turns + block, j + 1, sem="release", scope="gpu")
-        arrive(told, n)
-
-
-@gluon.jit
-def add(
-    come, added, part_0, part_1, offered, taken, sums,
-    i_h, i_b, j, first, last, T, H: gl.constexpr, G: gl.constexpr,
-):  # fmt: skip
-    """Add to the sums what both consumers offer of a step, when its turn has come."""
-    SIZE: gl.constexpr = part_0.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    o_x = gl.arange(0, LINE, LAYOUT)
-    for n in range((last - first + 1) * G):
-        block = block_of(n, last, i_h, i_b, T, H, G)
-        p = sums + block.to(gl.int64) * (2 * SIZE)
-        wait_for(come, n)
-        for i_w in gl.static_range(2):
-            wait_for(offered, 2 * n + i_w)
-            part = part_0 if i_w == 0 else part_1
-            tile = part.index(n % DQ_STAGES)
-            if j == 0:
-                for at in gl.static_range(0, SIZE, LINE):
-                    gl.store(p + (i_w * SIZE + at) + o_x, tile.slice(at, LINE).load(LAYOUT))
-            else:
-                for at in gl.static_range(0, SIZE, LINE):
-                    b_x = tile.slice(at, LINE).load(LAYOUT)
-                    gl.atomic_add(p + (i_w * SIZE + at) + o_x, b_x, sem="relaxed", scope="gpu")
-            gl.thread_barrier()
-            arrive(taken, 2 * n + i_w)
-        arrive(added, n)
-
-
-@gluon.jit
-def offer(i_w: gl.constexpr, n, b_dq, part, offered, taken):
-    """Give a step's part of dq away in the order in which threads hold it, four side by side."""
-    W: gl.constexpr = b_dq.shape[1]
-    FLAT: gl.constexpr = gl.DistributedLinearLayout(
-        [[1], [2], [512], [1024], [2048]],
-        [[4], [8], [16], [32], [64]],
-        [[128], [256]],
-        [],
-        [ROWS * W],
-    )
-    wait_before(taken, 2 * n + i_w)
-    b_dq = b_dq.reshape([4, 2, 8, W // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([ROWS * W])
-    part.index(n % DQ_STAGES).store(gl.convert_layout(b_dq, FLAT, assert_trivial=True))
-    gl.thread_barrier()
-    arrive(offered, 2 * n + i_w)
-
-
-@gluon.jit
-def product_with_queries(x, ring, n):
-    """Start the product of keys or values [ROWS, D] with queries or do, transposed, of step n."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    ring.wait(n)
-    b_0 = gl.zeros([ROWS, ROWS], gl.float32, LAYOUT)
-    return warpgroup_mma(x, ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def product_with_keys(i_w: gl.constexpr, n, wanted, k_tiles, ds_0, ds_1, ready):
-    """Start dS k [ROWS, D / 2] of step n, half i_w of its columns, when dS is ``ready``."""
-    D: gl.constexpr = k_tiles.shape[4]
-    W: gl.constexpr = D // 2
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W, 16])
-    wait_for(ready, n, wanted)
-    b_dq = gl.zeros([ROWS, W], gl.float32, LAYOUT)
-    k_0 = k_tiles.index(0).reshape([ROWS, D]).slice(i_w * W, W, 1)
-    k_1 = k_tiles.index(1).reshape([ROWS, D]).slice(i_w * W, W, 1)
-    ds = ds_0.index(n % DS_STAGES)
-    b_dq = warpgroup_mma(ds.permute((1, 0)), k_0, b_dq, use_acc=False, is_async=True)
-    ds = ds_1.index(n % DS_STAGES)
-    return warpgroup_mma(ds.permute((1, 0)), k_1, b_dq, is_async=True)
-
-
-@gluon.jit
-def power(x):
-    """2^x; zero for what is not normal, which takes fewer instructions."""
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
-
-
-@gluon.jit
-def put(desc, place, tile, value):
-    """Write a consumer's tile through shared memory that nobody else uses."""
-    tile.reshape([tile.shape[1], tile.shape[3]]).store(value)
-    fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(desc, place, tile)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def consume(
-    i_w: gl.constexpr, dk_desc, dv_desc, part, offered, taken, k_tiles, v_tiles, ready,
-    q_ring, do_ring, row_tiles, ds_0, ds_1, ready_0, ready_1, read,
-    i_h, i_b, j, first, last, scale, dk_scale, H: gl.constexpr, G: gl.constexpr,
-):  # fmt: skip
-    """dk and dv of keys [ROWS i_w, ROWS (i_w + 1)) of the program; of all of them half of dq.
-
-    What stands along a step is transposed: keys × queries.  A step's dq follows in the next one:
-    by then the other consumer has put its dS there too.
-    """
-    D: gl.constexpr = k_tiles.shape[4]
-    DTYPE: gl.constexpr = k_tiles.dtype
-    PAIRS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    k = k_tiles.index(i_w).reshape([ROWS, D])
-    v = v_tiles.index(i_w).reshape([ROWS, D])
-    ds = ds_0
-    mine = ready_0
-    other = ready_1
-    if i_w == 1:
-        ds = ds_1
-        mine = ready_1
-        other = ready_0
-    b_dk = gl.zeros([ROWS, D], gl.float32, ACC)
-    b_dv = gl.zeros([ROWS, D], gl.float32, ACC)
-    mbarrier.wait(ready, 0)
-    steps = (last - first + 1) * G
-    for n in range(steps):
-        b_s = product_with_queries(k, q_ring, n)
-        b_dp = product_with_queries(v, do_ring, n)
-        i_s = last - n // G
-        rows = row_tiles.index(n % STAGES).reshape([1, 2 * ROWS])
-        b_s = warpgroup_mma_wait(1, deps=(b_s,))
-        b_p = power(b_s * scale + rows.slice(0, ROWS, 1).load(PAIRS))
-        if i_s * ROWS < j * KEYS + i_w * ROWS + ROWS:
-            o_i = i_s * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, PAIRS))
-            o_j = j * KEYS + i_w * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, PAIRS))
-            b_p = gl.where(o_j[:, None] <= o_i[None, :], b_p, 0.0)
-        b_dp = warpgroup_mma_wait(0, deps=(b_dp,))
-        b_ds = (b_p * (b_dp - rows.slice(ROWS, ROWS, 1).load(PAIRS))).to(DTYPE)
-        b_p = gl.convert_layout(b_p.to(DTYPE), OPERAND)
-        b_dst = gl.convert_layout(b_ds, OPERAND)
-        b_dv = warpgroup_mma(b_p, do_ring.tile(n), b_dv, is_async=True)
-        b_dk = warpgroup_mma(b_dst, q_ring.tile(n), b_dk, is_async=True)
-        wait_before(read, n)
-        ds.index(n % DS_STAGES).store(b_ds)
-        fence_async_shared()
-        gl.thread_barrier()
-        arrive(mine, n)
-        # in the first step there is none before it: a product of anything, which is not used
-        before = n - 1 + gl.where(n == 0, DS_STAGES, 0)
-        b_dq = product_with_keys(i_w, before, n > 0, k_tiles, ds_0, ds_1, other)
-        b_dv, b_p, b_dk, b_dst, b_dq = warpgroup_mma_wait(
-            0, deps=(b_dv, b_p, b_dk, b_dst, b_dq)
-        )  # fmt: skip
-        q_ring.release(n)
-        if n > 0:
-            arrive(read, n - 1)
-            offer(i_w, n - 1, b_dq, part, offered, taken)
-    b_dq = product_with_keys(i_w, steps - 1, True, k_tiles, ds_0, ds_1, other)
-    b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
-    offer(i_w, steps - 1, b_dq, part, offered, taken)
-    # v has been read by all warps
-    place = [i_b, j * KEYS + i_w * ROWS, i_h, 0]
-    put(dv_desc, place, v_tiles.index(i_w), b_dv.to(DTYPE))
-    gl.thread_barrier()
-    put(dk_desc, place, v_tiles.index(i_w), (b_dk * dk_scale).to(DTYPE))
-
-
-@gluon.jit(do_not_specialize=["B", "T"])
-def hopper_backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc, sums, turns, ticket,
-    scale, dk_scale, B, T, H: gl.constexpr, G: gl.constexpr,
-):  # fmt: skip
-    """dk and dv of KEYS keys of a key head, summed over its G query heads, and their part of dq.
-
-    A producer reads k and v [KEYS, D], and of each later block of queries and head q and do
-    [ROWS, D], −lse and Δ [ROWS].  Two consumers write dk and dv [ROWS, D]; one warp adds what they
-    give to dq to sums [B, HQ, blocks, ROWS · D], one waits for its turn there, one passes it on.
-    """
-    q_tiles = new_tiles(q_desc, STAGES)
-    do_tiles = new_tiles(do_desc, STAGES)
-    row_tiles = new_tiles(rows_desc, STAGES)
-    q_ready = new_barriers(STAGES, 1)
-    do_ready = new_barriers(STAGES, 1)
-    empty = new_barriers(STAGES, 2)
-    q_ring = Ring(q_tiles, q_ready, empty)
-    do_ring = Ring(do_tiles, do_ready, empty)
-    DS: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    ds_0 = gl.allocate_shared_memory(q_desc.dtype, [DS_STAGES, ROWS, ROWS], DS)
-    ds_1 = gl.allocate_shared_memory(q_desc.dtype, [DS_STAGES, ROWS, ROWS], DS)
-    ready_0 = new_barriers(DS_STAGES, 1)
-    ready_1 = new_barriers(DS_STAGES, 1)
-    read = new_barriers(DS_STAGES, 2)
-    k_tiles = new_tiles(k_desc, 2)
-    v_tiles = new_tiles(v_desc, 2)
-    come = new_barriers(TURNS, 1)
-    added = new_barriers(TURNS, 1)
-    told = new_barriers(TURNS, 1)
-    PART: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [0])
-    SIZE: gl.constexpr = ROWS * k_desc.block_type.shape[3] // 2
-    part_0 = gl.allocate_shared_memory(gl.float32, [DQ_STAGES, SIZE], PART)
-    part_1 = gl.allocate_shared_memory(gl.float32, [DQ_STAGES, SIZE], PART)
-    offered = new_barriers(2 * DQ_STAGES, 1)
-    taken = new_barriers(2 * DQ_STAGES, 1)
-    ready = new_barriers(1, 1).index(0)
-    fence_async_shared()
-    tile = gl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
-    i_h = tile % H
-    i_b = tile // H % B
-    j = tile // H // B
-    first = j * (KEYS // ROWS)
-    last = gl.cdiv(T, ROWS) - 1
-    gl.warp_specialize(
-        [
-            (
-                consume,
-                (
-                    0, dk_desc, dv_desc, part_0, offered, taken, k_tiles, v_tiles, ready,
-                    q_ring, do_ring, row_tiles, ds_0, ds_1, ready_0, ready_1, read,
-                    i_h, i_b, j, first, last, scale, dk_scale, H, G,
-                ),
-            ),
-            (
-                consume,
-                (
-                    1, dk_desc, dv_desc, part_1, offered, taken, k_tiles, v_tiles, ready,
-                    q_ring, do_ring, row_tiles, ds_0, ds_1, ready_0, ready_1, read,
-                    i_h, i_b, j, first, last, scale, dk_scale, H, G,
-                ),
-            ),
-            (
-                produce,
-                (
-                    q_desc, k_desc, v_desc, do_desc, rows_desc, k_tiles, v_tiles, ready,
-                    q_ring, do_ring, row_tiles, i_h, i_b, j, first, last, T, H, G,
-                ),
-            ),
-            (await_turns, (come, told, turns, i_h, i_b, j, first, last, T, H, G)),
-            (pass_turns, (added, told, turns, i_h, i_b, j, first, last, T, H, G)),
-            (
-                add,
-                (
-                    come, added, part_0, part_1, offered, taken, sums,
-                    i_h, i_b, j, first, last, T, H, G,
-                ),
-            ),
-        ],
-        [4, 1, 1, 1, 1],
-        [
-            CONSUMER_REGISTERS, HELPER_REGISTERS, HELPER_REGISTERS, HELPER_REGISTERS,
-            HELPER_REGISTERS,
-        ],
-    )  # fmt: skip
+    if row_sums is not None:
+        p_row = row_sums + block.to(tl.int64) * BM + o_m
+        b_row = tl.load(p_row)
+    if sink is not None:
+        p_rows = rows + block.to(tl.int64) * SIZE + o_m
+        b_delta = tl.load(p_rows + BM)
+        # as in ``backward_queries``
+        b_share = tl.exp2(tl.load(sink + i_h).to(tl.float32) * LOG2E + tl.load(p_rows))
+        b_dsink = -b_share * (b_row + (1.0 - b_share) * b_delta)
+        tl.store(dsink + tl.program_id(0), tl.sum(b_dsink, 0))
+    if column_sums is not None:
+        b_row -= tl.load(column_sums + block.to(tl.int64) * BM + o_m)
+        tl.store(p_row, b_row)
+        blocks = tl.cdiv(T, BM)
+        tl.store(dgate_sum + (i_h * N + n) * blocks + i_s, tl.sum(b_row, 0))
 
 
 def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     """Return the gradients of q, k, v, g and the sink."""
-    if g is None and sink_bias is None and cu_seqlens is None and _takes(q, v, options):
+    if cu_seqlens is None and _takes(q, v, options):
         signed, scale = portable.rising(q, options.scale)
         tensors = dense(do, signed, k, v, o)
         if all(x.data_ptr() % 16 == 0 for x in tensors):
-            dq, dk, dv = run_backward(Call(q, v, None, scale, None), *tensors, lse)
+            g, sink_bias = dense(g, sink_bias)
+            call = Call(q, v, None, scale, None)
+            marks = gates(call, g, tensors[2], None)
+            dq, dk, dv, *more = run_backward(call, *tensors, lse, g, *marks, sink_bias)
             dq = dq if scale == options.scale else dq.neg_()
-            return dq, dk, dv, absent(q), absent(q)
+            return dq, dk, dv, *(absent(q) if x is None else x for x in more)
     return portable.backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options)
 
 
@@ -433,38 +190,80 @@ def _takes(q: Tensor, v: Tensor, options) -> bool:
     B, T, H, V = v.shape
     window = options.window_size
     return (
-        q.dtype == torch.bfloat16
-        and q.shape[-1] == V == HEAD
+        q.shape[-1] == V == HEAD
         and T >= SHORTEST
         and cdiv(T, KEYS.value) * H * B >= FEWEST
         and (window is None or window >= T)
     )
 
 
-def run_backward(call: Call, do, q, k, v, o, lse) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the kernels: dq, dk and dv."""
+def _lines(x: Tensor) -> TensorDescriptor:
+    """x [lines, 1, 1, size], of which one line at a time is copied."""
+    layout = gl.NVMMASharedLayout(0, 32, rank=4)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, 1, x.shape[-1]], layout)
+
+
+def run_backward(call: Call, do, q, k, v, o, lse, g, gates, marks, sink):
+    """Launch the kernels: dq, dk, dv, dg and the sink's gradient, None for what there is not."""
     B, T, HQ, D = q.shape
     H = v.shape[2]
-    rows_in, keys_in = ROWS.value, KEYS.value
-    blocks = B * HQ * cdiv(T, rows_in)
-    rows = lse.new_empty(blocks, 1, 1, 2 * rows_in)
-    sums = lse.new_empty(blocks, rows_in * D)
-    turns = torch.empty(blocks, device=q.device, dtype=torch.int32)
-    ticket = turns.new_zeros(1)
+    block, keys = ROWS.value, KEYS.value
+    blocks, programs = B * cdiv(T, block), cdiv(T, keys) * H * B
+    numbered = HQ * call.intervals * (keys // block)
+    # how many floats a block of queries has in rows, and how many of them a step reads
+    size, part = (2 * block, 2 * block) if g is None else (8 * block, 4 * block)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    constants = {"HQ": HQ, "D": D, "BM": rows_in}
-    launch(rows_kernel, blocks, (o, do, lse, rows, turns), (T,), constants)
-    row_layout = gl.NVMMASharedLayout(0, 32, rank=4)
-    rows_desc = TensorDescriptor(
-        rows, list(rows.shape), list(rows.stride()), [1, 1, 1, 2 * rows_in], row_layout
-    )
+    rows = lse.new_empty(numbered * size // part, 1, 1, part)
+    sums = lse.new_empty(numbered, block * D)
+    turns = torch.empty(numbered, device=q.device, dtype=torch.int32)
+    # the next ticket, and beside it, as far as kernels want it, what counts queries
+    counters = turns.new_zeros(4 if g is None else 4 + 2 * programs)
+    pairs = needed = latest = row_sums = column_sums = dg = dgate_sum = dsink = None
+    if g is not None or sink is not None:
+        row_sums = lse.new_empty(numbered * block)
+    if g is not None:
+        pairs = lse.new_empty(HQ * call.intervals * 2, 1, 1, 2 * keys)
+        needed = torch.empty_like(turns)
+        latest = counters[4:]
+        column_sums = lse.new_empty(numbered * block)
+        dg = torch.empty_like(g)
+        dgate_sum = lse.new_empty(HQ, blocks)
+    if sink is not None:
+        dsink = lse.new_empty(blocks, HQ)
+    launch(
+        rows_kernel,
+        blocks * HQ,
+        (
+            q, o, do, lse, gates, marks, rows, pairs, turns, needed, latest, row_sums, column_sums,
+        ),
+        (call.scale, call.floor, B, T, call.intervals),
+        {"H": H, "G": HQ // H, "D": D, "BM": block},
+    )  # fmt: skip
     scale = call.scale / LOG2E.value
     with torch.cuda.device_of(q):
-        hopper_backward_kernel[(cdiv(T, keys_in) * H * B,)](
-            *(descriptor(x, rows_in, D) for x in (q, k, v, do)),
-            rows_desc,
-            *(descriptor(x, rows_in, D) for x in (dk, dv)),
-            sums, turns, ticket, call.scale, scale, B, T, H, HQ // H, num_warps=4,
+        hopper_backward_kernel[(programs,)](
+            *(descriptor(x, block, D) for x in (q, k, v, do)),
+            _lines(rows),
+            None if pairs is None else _lines(pairs),
+            *(descriptor(x, block, D) for x in (dk, dv)),
+            sums, turns, counters, needed, latest, row_sums, column_sums,
+            call.scale, scale, B, T, H, HQ // H, num_warps=4,
         )  # fmt: skip
-    launch(dq_kernel, blocks, (sums, dq), (scale, T), {"HQ": HQ, "K": D, "BM": rows_in, "BK": D})
-    return dq, dk, dv
+    launch(
+        dq_kernel,
+        blocks * HQ,
+        (sums, rows, row_sums, column_sums, sink, dq, dgate_sum, dsink),
+        (scale, B, T),
+        {"HQ": HQ, "K": D, "SIZE": size, "BM": block, "BK": D},
+    )
+    if g is not None:
+        launch(
+            gate_kernel,
+            blocks * cdiv(HQ, _HEADS),
+            (row_sums, dgate_sum, None, dg),
+            (B, T, call.intervals, blocks),
+            {"HQ": HQ, "BN": block, "BH": _HEADS},
+        )
+    if dsink is not None:
+        dsink = dsink.sum(0).to(sink.dtype)
+    return dq, dk, dv, dg, dsink

@@ -1,0 +1,325 @@
+"""The kernel of the softmax engine's backward on Hopper: five products a pair of blocks.
+
+    p_ij = exp(s_ij − lse_i)    Δ_i = do_i·o_i    dS_ij = p_ij (do_i·v_j − Δ_i)
+    dq_i = scale Σ_j dS_ij k_j    dk_j = scale Σ_i dS_ij q_i    dv_j = Σ_i p_ij do_i
+
+A program owns a block of keys, and adds what its keys give to dq in global memory: after the blocks
+before it, so that the same bits come out every time.  Programs take blocks in the order in which
+they start, the first keys first, which have the most queries, and go through their queries from the
+last ones backwards, all heads of a group at each block of them.  So they follow each other a step
+apart, and who waits, waits for programs that are running.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fla.ops.attn.hopper_steps import (
+    KEYS,
+    ROWS,
+    STAGES,
+    SUMS,
+    add,
+    await_turns,
+    new_steps,
+    pass_turns,
+    produce,
+)
+from fla.ops.common.hopper import (
+    CONSUMER_REGISTERS,
+    Ring,
+    arrive,
+    new_barriers,
+    new_tiles,
+    wait_before,
+    wait_for,
+)
+
+# dk, dv, and the logits and their gradients of 64 keys fill a consumer's registers; what does not
+# fit goes to local memory, for which the first-level cache has little room left.  k and v, two
+# steps of q and do, and what goes to dq fill the shared memory.  Nor do consumers touch global
+# memory: they would wait there behind all that is added to dq.
+
+# Of dS a step is written while the one before it is read
+DS_STAGES = gl.constexpr(2)
+# How many steps the turns may be known ahead
+TURNS = gl.constexpr(4)
+# Those of four warps that copy, add and wait
+HELPER_REGISTERS = gl.constexpr(32)
+
+
+@gluon.jit
+def offer(i_w: gl.constexpr, m, b_dq, parts, offered, taken):
+    """Give a step's part of dq away in the order in which threads hold it, four side by side."""
+    W: gl.constexpr = b_dq.shape[1]
+    FLAT: gl.constexpr = gl.DistributedLinearLayout(
+        [[1], [2], [512], [1024], [2048]],
+        [[4], [8], [16], [32], [64]],
+        [[128], [256]],
+        [],
+        [ROWS * W],
+    )
+    wait_before(taken, 2 * m + i_w)
+    b_dq = b_dq.reshape([4, 2, 8, W // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([ROWS * W])
+    part = parts.index((2 * m + i_w) % parts.shape[0])
+    part.store(gl.convert_layout(b_dq, FLAT, assert_trivial=True))
+    gl.thread_barrier()
+    arrive(offered, 2 * m + i_w)
+
+
+@gluon.jit
+def product_with_queries(x, ring, m):
+    """Start the product of keys or values [ROWS, D] with queries or do, transposed, of step m."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    ring.wait(m)
+    b_0 = gl.zeros([ROWS, ROWS], gl.float32, LAYOUT)
+    return warpgroup_mma(x, ring.tile(m).permute((1, 0)), b_0, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def product_with_keys(i_w: gl.constexpr, m, wanted, k_tiles, ds_0, ds_1, ready):
+    """Start dS k [ROWS, D / 2] of step m, half i_w of its columns, when dS is ``ready``."""
+    D: gl.constexpr = k_tiles.shape[4]
+    W: gl.constexpr = D // 2
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W, 16])
+    wait_for(ready, m, wanted)
+    b_dq = gl.zeros([ROWS, W], gl.float32, LAYOUT)
+    k_0 = k_tiles.index(0).reshape([ROWS, D]).slice(i_w * W, W, 1)
+    k_1 = k_tiles.index(1).reshape([ROWS, D]).slice(i_w * W, W, 1)
+    ds = ds_0.index(m % DS_STAGES)
+    b_dq = warpgroup_mma(ds.permute((1, 0)), k_0, b_dq, use_acc=False, is_async=True)
+    ds = ds_1.index(m % DS_STAGES)
+    return warpgroup_mma(ds.permute((1, 0)), k_1, b_dq, is_async=True)
+
+
+@gluon.jit
+def power(x):
+    """2^x; zero for what is not normal, which takes fewer instructions."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
+
+
+@gluon.jit
+def put(desc, place, tile, value):
+    """Write a consumer's tile through shared memory that nobody else uses."""
+    tile.reshape([tile.shape[1], tile.shape[3]]).store(value)
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(desc, place, tile)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def meet(
+    i_w: gl.constexpr, m, count, b_dk, b_dv, k, v, parts, offered, taken, k_tiles,
+    q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read, row_parts,
+    column_parts, steps, scale, NEAR: gl.constexpr,
+):  # fmt: skip
+    """Let keys [ROWS i_w, ROWS (i_w + 1)) meet the queries of ``count`` steps.
+
+    What stands along a step is transposed: keys × queries.  A step's dq follows in the next one:
+    by then the other consumer has put its dS there too.  NEAR queries lie in the keys' interval.
+    """
+    DTYPE: gl.constexpr = k_tiles.dtype
+    PAIRS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, b_dk.type.layout, 2)
+    ds = ds_0
+    mine = ready_0
+    other = ready_1
+    if i_w == 1:
+        ds = ds_1
+        mine = ready_1
+        other = ready_0
+    for i in range(count):
+        b_s = product_with_queries(k, q_ring, m)
+        b_dp = product_with_queries(v, do_ring, m)
+        rows = row_tiles.index(m % STAGES).reshape([1, row_tiles.shape[4]])
+        b_row = rows.slice(0, ROWS, 1).load(PAIRS)
+        if gate_tiles is not None and not NEAR:
+            # the gates between the two intervals, from sums that are held in two floats each
+            far = gate_tiles.index(m % STAGES).reshape([1, 2 * KEYS])
+            b_far = rows.slice(2 * ROWS, 1, 1).load(PAIRS) - far.slice(KEYS, 1, 1).load(PAIRS)
+            b_far += rows.slice(3 * ROWS, 1, 1).load(PAIRS) - far.slice(KEYS + 1, 1, 1).load(PAIRS)
+            b_row += b_far
+        b_s = warpgroup_mma_wait(1, deps=(b_s,))
+        b_s = b_s * scale + b_row
+        if gate_tiles is not None:
+            gates = gate_tiles.index(m % STAGES).reshape([2 * KEYS])
+            b_0 = gates.slice(i_w * ROWS, ROWS).load(gl.SliceLayout(1, PAIRS))[:, None]
+            if NEAR:
+                # what ``blocks.gates_within`` gives
+                b_1 = gates.slice(KEYS + i_w * ROWS, ROWS).load(gl.SliceLayout(1, PAIRS))[:, None]
+                b_near = rows.slice(2 * ROWS, ROWS, 1).load(PAIRS) - b_0
+                b_s += b_near + (rows.slice(3 * ROWS, ROWS, 1).load(PAIRS) - b_1)
+            else:
+                b_s += b_0
+        if NEAR:
+            o_i = steps.queries(steps.near() + i) * ROWS
+            o_i += gl.arange(0, ROWS, gl.SliceLayout(0, PAIRS))
+            o_j = steps.j * KEYS + i_w * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, PAIRS))
+            b_s = gl.where(o_j[:, None] <= o_i[None, :], b_s, float("-inf"))
+        b_p = power(b_s)
+        b_dp = warpgroup_mma_wait(0, deps=(b_dp,))
+        b_dst = b_p * (b_dp - rows.slice(ROWS, ROWS, 1).load(PAIRS))
+        b_ds = b_dst.to(DTYPE)
+        b_p = gl.convert_layout(b_p.to(DTYPE), OPERAND)
+        b_a = gl.convert_layout(b_ds, OPERAND)
+        b_dv = warpgroup_mma(b_p, do_ring.tile(m), b_dv, is_async=True)
+        if column_parts is not None:
+            tile = column_parts.index(m % SUMS).slice(i_w * ROWS, ROWS)
+            tile.store(gl.sum(b_dst, 1))
+        if row_parts is not None:
+            tile = row_parts.index(m % SUMS).slice(4 * i_w, 4)
+            tile.store(gl.sum(b_dst.reshape([4, ROWS // 4, ROWS]), 1))
+        b_dk = warpgroup_mma(b_a, q_ring.tile(m), b_dk, is_async=True)
+        wait_before(read, m)
+        ds.index(m % DS_STAGES).store(b_ds)
+        fence_async_shared()
+        gl.thread_barrier()
+        arrive(mine, m)
+        # in the first step there is none before it: a product of anything, which is not used
+        previous = m - 1 + gl.where(m == 0, DS_STAGES, 0)
+        b_dq = product_with_keys(i_w, previous, m > 0, k_tiles, ds_0, ds_1, other)
+        b_dv, b_p, b_dk, b_a, b_dq = warpgroup_mma_wait(0, deps=(b_dv, b_p, b_dk, b_a, b_dq))
+        q_ring.release(m)
+        if m > 0:
+            arrive(read, m - 1)
+            offer(i_w, m - 1, b_dq, parts, offered, taken)
+        m += 1
+    return m, b_dk, b_dv
+
+
+@gluon.jit
+def consume(
+    i_w: gl.constexpr, dk_desc, dv_desc, parts, offered, taken, k_tiles, v_tiles, ready,
+    q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read, row_parts,
+    column_parts, steps, scale, dk_scale,
+):  # fmt: skip
+    """dk and dv of keys [ROWS i_w, ROWS (i_w + 1)) of the program; of all of them half of dq."""
+    D: gl.constexpr = k_tiles.shape[4]
+    DTYPE: gl.constexpr = k_tiles.dtype
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    k = k_tiles.index(i_w).reshape([ROWS, D])
+    v = v_tiles.index(i_w).reshape([ROWS, D])
+    b_dk = gl.zeros([ROWS, D], gl.float32, ACC)
+    b_dv = gl.zeros([ROWS, D], gl.float32, ACC)
+    mbarrier.wait(ready, 0)
+    m = steps.j * 0
+    for near in gl.static_range(2):
+        count = steps.far if near == 0 else steps.count() - steps.near()
+        m, b_dk, b_dv = meet(
+            i_w, m, count, b_dk, b_dv, k, v, parts, offered, taken, k_tiles, q_ring, do_ring,
+            row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read, row_parts, column_parts,
+            steps, scale, near == 1,
+        )  # fmt: skip
+    other = ready_1 if i_w == 0 else ready_0
+    b_dq = product_with_keys(i_w, m - 1, True, k_tiles, ds_0, ds_1, other)
+    b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
+    offer(i_w, m - 1, b_dq, parts, offered, taken)
+    # v has been read by all warps
+    place = [steps.i_b, steps.j * KEYS + i_w * ROWS, steps.i_h, 0]
+    put(dv_desc, place, v_tiles.index(i_w), b_dv.to(DTYPE))
+    gl.thread_barrier()
+    put(dk_desc, place, v_tiles.index(i_w), (b_dk * dk_scale).to(DTYPE))
+
+
+@gluon.jit(do_not_specialize=["B", "T"])
+def hopper_backward_kernel(
+    q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, dk_desc, dv_desc, sums, turns, ticket,
+    needed, latest, row_sums, column_sums, scale, dk_scale, B, T,
+    H: gl.constexpr, G: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of KEYS keys of a key head, summed over its G query heads, and their part of dq.
+
+    A producer reads k and v [KEYS, D], and of each later block of queries and head q and do
+    [ROWS, D], −lse and Δ [ROWS].  Two consumers write dk and dv [ROWS, D]; one warp adds what they
+    give to dq to sums [HQ, B, blocks, ROWS · D], one waits for its turn there, one passes it on.
+    With gates or a sink it also adds Σ_j dS_ij to row_sums [HQ, B, blocks, ROWS], and with gates,
+    which come with the rows, Σ_i dS_ij to column_sums, of the same shape.
+    """
+    q_tiles = new_tiles(q_desc, STAGES)
+    do_tiles = new_tiles(do_desc, STAGES)
+    row_tiles = new_tiles(rows_desc, STAGES)
+    gate_tiles: gl.constexpr = None
+    if gates_desc is not None:
+        gate_tiles = new_tiles(gates_desc, STAGES)
+    q_ready = new_barriers(STAGES, 1)
+    do_ready = new_barriers(STAGES, 1)
+    empty = new_barriers(STAGES, 2)
+    q_ring = Ring(q_tiles, q_ready, empty)
+    do_ring = Ring(do_tiles, do_ready, empty)
+    DS: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    ds_0 = gl.allocate_shared_memory(q_desc.dtype, [DS_STAGES, ROWS, ROWS], DS)
+    ds_1 = gl.allocate_shared_memory(q_desc.dtype, [DS_STAGES, ROWS, ROWS], DS)
+    ready_0 = new_barriers(DS_STAGES, 1)
+    ready_1 = new_barriers(DS_STAGES, 1)
+    read = new_barriers(DS_STAGES, 2)
+    k_tiles = new_tiles(k_desc, 2)
+    v_tiles = new_tiles(v_desc, 2)
+    come = new_barriers(TURNS, 1)
+    added = new_barriers(TURNS, 1)
+    told = new_barriers(TURNS, 1)
+    # rows' sums leave room for three parts only
+    PARTS: gl.constexpr = 4 if row_sums is None else 3
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [0])
+    SIZE: gl.constexpr = ROWS * k_desc.block_type.shape[3] // 2
+    parts = gl.allocate_shared_memory(gl.float32, [PARTS, SIZE], FLAT)
+    row_parts: gl.constexpr = None
+    column_parts: gl.constexpr = None
+    if row_sums is not None:
+        PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        row_parts = gl.allocate_shared_memory(gl.float32, [SUMS, 8, ROWS], PLAIN)
+    if column_sums is not None:
+        column_parts = gl.allocate_shared_memory(gl.float32, [SUMS, KEYS], FLAT)
+    offered = new_barriers(PARTS, 1)
+    taken = new_barriers(PARTS, 1)
+    ready = new_barriers(1, 1).index(0)
+    fence_async_shared()
+    tile = gl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
+    steps = new_steps(tile, latest, B, T, H, G)
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    0, dk_desc, dv_desc, parts, offered, taken, k_tiles, v_tiles, ready,
+                    q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read,
+                    row_parts, column_parts, steps, scale, dk_scale,
+                ),
+            ),
+            (
+                consume,
+                (
+                    1, dk_desc, dv_desc, parts, offered, taken, k_tiles, v_tiles, ready,
+                    q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read,
+                    row_parts, column_parts, steps, scale, dk_scale,
+                ),
+            ),
+            (
+                produce,
+                (
+                    q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, k_tiles, v_tiles,
+                    ready, q_ring, do_ring, row_tiles, gate_tiles, needed, steps,
+                ),
+            ),
+            (await_turns, (come, told, turns, needed, steps)),
+            (pass_turns, (added, told, turns, needed, steps)),
+            (
+                add,
+                (
+                    come, added, parts, offered, taken, row_parts, column_parts, row_sums,
+                    column_sums, sums, needed, steps,
+                ),
+            ),
+        ],
+        [4, 1, 1, 1, 1],
+        [
+            CONSUMER_REGISTERS, HELPER_REGISTERS, HELPER_REGISTERS, HELPER_REGISTERS,
+            HELPER_REGISTERS,
+        ],
+    )  # fmt: skip
