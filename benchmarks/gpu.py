@@ -106,7 +106,7 @@ def _compile(suite: Suite, calls: list[tuple[str, Row]]) -> None:
         run()
         return 0.0
 
-    processes = max((os.cpu_count() or 2) - 2, 1)
+    processes = min(max((os.cpu_count() or 2) - 2, 1), 16)  # each has a context on the GPU
     fork = multiprocessing.get_context("fork")  # after imports, before the GPU is touched
     running = [fork.Process(target=some, args=(i,)) for i in range(min(processes, len(calls)))]
     for each in running:
