@@ -86,6 +86,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "or": lambda a, b: a | b,
     "xor": lambda a, b: a ^ b,
     "lshift": lambda a, b: a << b,
+    "rshift": lambda a, b: a >> b,
     "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b,
@@ -171,8 +172,12 @@ class Shared:
     def index(self, i: Any) -> Shared:
         return Shared(self.x[int(i)])
 
-    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
-        return Shared(self.x.narrow(dim, start, length))
+    def slice(self, start: Any, length: Any, dim: int = 0) -> Shared:
+        return Shared(self.x.narrow(dim, int(start), int(length)))
+
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
+        assert dtype == self.dtype
+        return self.reshape(shape)
 
     def reshape(self, shape: list[int]) -> Shared:
         return Shared(self.x.view([int(size) for size in shape]))
@@ -272,10 +277,10 @@ def store_wait(pendings: int = 0) -> None:
         _own.stores.pop(0)()
 
 
-def copy_elements(tile: Shared, p: Pointer, mask: Any) -> None:
-    """Arrives when its group is waited for."""
+def copy_elements(tile: Shared, p: Pointer, mask: Any = True) -> None:
+    """Arrives when its group is waited for; zeros where the mask says so."""
     tile.x.fill_(torch.nan)
-    _own.copies.append(lambda: tile.x.copy_(load(p, mask).x))
+    _own.copies.append(lambda: tile.x.copy_(load(p, mask, 0).x))
 
 
 def commit_group() -> None:
@@ -311,6 +316,11 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: tuple[Any, ...] = ()) -> 
         _own.products.pop(0).finish()
     done = [x.result if getattr(x, "result", None) is not None else x for x in deps]
     return done[0] if len(done) == 1 else tuple(done)
+
+
+def mma_v2(a: Value, b: Value, acc: Value) -> Value:
+    assert a.dtype == b.dtype
+    return Value(a.x.float() @ b.x.float() + acc.x)
 
 
 def warp_specialize(partitions, warps, registers) -> None:
@@ -454,8 +464,9 @@ def _modules() -> dict[str, Any]:
         zeros_like=lambda x: Value(torch.zeros_like(x.x)),
         to_tensor=Value,
         num_warps=lambda: 4,
-        exp2=lambda x: Value(torch.exp2(x.x)),
+        expand_dims=lambda x, axis: Value(x.x.unsqueeze(axis)),
         exp=lambda x: Value(torch.exp(x.x)),
+        exp2=lambda x: Value(torch.exp2(x.x)),
         log2=lambda x: Value(torch.log2(x.x)),
         rsqrt=lambda x: Value(torch.rsqrt(x.x)),
         abs=lambda x: Value(x.x.abs()),
@@ -497,7 +508,8 @@ def _modules() -> dict[str, Any]:
             async_copy_global_to_shared=copy_elements,
             commit_group=commit_group,
             wait_group=wait_group,
-        )
+        ),
+        mma_v2=mma_v2,
     )
     hopper = types.SimpleNamespace(
         fence_async_shared=lambda: None,

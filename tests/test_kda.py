@@ -258,13 +258,13 @@ def test_intermediate_states(chunk_size, state_v_first, lengths):
 
 
 def test_kernels_leave_states_before_chunks_of_32_to_pytorch():
-    lacking = {"lacks_triton": lambda *_: None, "lacks_hopper": lambda *_: "no Hopper GPU"}
-    with mock.patch.multiple(engine, **lacking):
+    able = dict.fromkeys(("lacks_triton", "lacks_hopper"), lambda *_: None)
+    with mock.patch.multiple(engine, **able):
         for chunk_size, taken in ((64, True), (32, False)):
             options = engine.Options(chunk_size=chunk_size, intermediate_states=True)
             problem = Problem(torch.device("cuda"), torch.bfloat16, 128, 128, options)
-            reason = dict(engine.ENGINE.explain(problem))["triton"]
-            assert (reason is None) == taken, reason
+            reasons = dict(engine.ENGINE.explain(problem))
+            assert (reasons["triton"] is None) == (reasons["hopper"] is None) == taken, reasons
     x = operands(8)
     with pytest.raises(TypeError, match="chunk_size: expected a whole number, got float"):
         ops.chunk_kda(*x, chunk_size=64.0)

@@ -21,6 +21,8 @@ from fla.ops.kda import hopper, hopper_scan
 from fla.ops.kda import triton as portable
 from fla.ops.kda.engine import ENGINE, Options
 
+# Launchers of other kernels, which are not launched here
+OTHERS = dict.fromkeys(("run_intra", "run_states", "run_gradients"), mock.DEFAULT)
 EMULATED = os.path.join(os.path.dirname(__file__), "emulated_kda.py")
 
 
@@ -45,7 +47,7 @@ def call(T=1024, K=128, V=128, packed=False, states=False, segments=False, parti
     options = Options(1.0, chunk_size=64, output_final_state=states)
     few = {"FILLS_CHIP": 1 << 20, "SHORTEST_SEGMENT": 4} if segments else {"FILLS_CHIP": 1}
     with (
-        mock.patch.multiple(hopper, SMALLEST=1, run_intra=mock.DEFAULT),
+        mock.patch.multiple(hopper, SMALLEST=1, **OTHERS),
         mock.patch.object(
             hopper_scan, "multiprocessors", lambda _: 0 if partitions == 2 else 1 << 20
         ),
@@ -109,7 +111,7 @@ def test_what_it_does_not_take_goes_to_triton():
         q, v = more.pop("q", q), more.pop("v", v)
         made.clear()
         with (
-            mock.patch.multiple(hopper, SMALLEST=1 << 19, run_intra=mock.DEFAULT),
+            mock.patch.multiple(hopper, SMALLEST=1 << 19, **OTHERS),
             mock.patch.object(hopper, "run_scan", lambda *_, **__: made.append("hopper")),
             mock.patch.object(portable, "launch", lambda *_: made.append("triton")),
         ):

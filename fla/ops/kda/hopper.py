@@ -1,4 +1,4 @@
-"""The delta engine on Hopper: chunks' operands, and scans of long calls; Triton does the rest."""
+"""The delta engine on Hopper: operands, long scans and gradients; Triton does the rest."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fla.ops.kda import triton as portable
 from fla.ops.kda.hopper_blocks import BV
+from fla.ops.kda.hopper_gradients import run_gradients
 from fla.ops.kda.hopper_intra import run_intra
 from fla.ops.kda.hopper_scan import run_scan
+from fla.ops.kda.hopper_states import run_states
 
 # Scans of fewer elements are short beside the host's time to describe their tensors
 SMALLEST = 1 << 24
@@ -20,19 +22,17 @@ class Call(portable.Call):
     """A call of which the kernels for Hopper run what they take."""
 
     def make_operands(self, pairs: Tensor | None) -> None:
-        aligned = all(x.data_ptr() % 16 == 0 for x in (self.q, self.k, self.g))
-        if aligned and self.dtype == torch.bfloat16 and self.K in (64, 128):
-            run_intra(self, pairs)
-        else:
-            super().make_operands(pairs)
+        if not self._takes_chunks():
+            return super().make_operands(pairs)
+        run_intra(self, pairs)
 
     def run_advance(self, segment, columns, state, strides, o, h, final, final_strides) -> None:
-        if h is not None or not self._takes(self.v):
+        if h is not None or not self._takes_scan(self.v):
             return super().run_advance(segment, columns, state, strides, o, h, final, final_strides)
         run_scan(self, segment, columns, state, strides, final, final_strides, o=o)
 
     def run_scans(self, segment, columns, do, forward, strides, backward, dstrides) -> None:
-        if not self._takes(do):
+        if not self._takes_scan(do):
             return super().run_scans(segment, columns, do, forward, strides, backward, dstrides)
         state, states, _, final = forward
         dstate, _, _, dfinal = backward
@@ -42,7 +42,25 @@ class Call(portable.Call):
             keep=states is not None,
         )  # fmt: skip
 
-    def _takes(self, other: Tensor) -> bool:
+    def across(self, do, *results) -> None:
+        if not self._takes_gradients():
+            return super().across(do, *results)
+        run_states(self, do if do.data_ptr() % 16 == 0 else do.clone(), *results)
+
+    def within(self, *operands) -> None:
+        if not self._takes_gradients():
+            return super().within(*operands)
+        run_gradients(self, *operands)
+
+    def _takes_chunks(self) -> bool:
+        aligned = all(x.data_ptr() % 16 == 0 for x in (self.q, self.k, self.g))
+        return aligned and self.dtype == torch.bfloat16 and self.K in (64, 128)
+
+    def _takes_gradients(self) -> bool:
+        """One answer for both kernels: the second takes pairs as the first leaves them."""
+        return self._takes_chunks() and self.V in (64, 128)
+
+    def _takes_scan(self, other: Tensor) -> bool:
         return (
             self.B * self.T * self.HV * (self.K + self.V) >= SMALLEST
             and self.dtype == torch.bfloat16

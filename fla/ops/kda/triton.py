@@ -368,11 +368,41 @@ class Call:
 
     def gradients(self, do):
         """Gradients take the place of the operands that the scans have used."""
-        C, VP, PRECISION = self.C, self.values.shape[-1], self.common["PRECISION"]
+        C = self.C
         dv, dg, dbeta = (torch.empty_like(x) for x in (self.v, self.g, self.beta))
         dq_in, dk_in, dk_out = self.q_in, self.k_in, self.k_out
         dqueries, dkeys = (self.workspace(C, C) for _ in range(2))
         own, through = torch.empty_like(self.betas), torch.empty_like(self.decay)
+        self.across(do, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through)
+        del self.values, self.solved, self.states, self.dstates, self.both_values, self.both_states
+        dA_log = ddt_bias = None
+        if self.A_log is not None:
+            dA_log = self.decay.new_empty(self.slots, self.HV, self.BK // GRADIENTS.block)
+        if self.dt_bias is not None:
+            ddt_bias = torch.empty_like(self.decay)
+        self.within(dq_in, dk_in, dk_out, through, dqueries, dkeys, own, dg, dA_log, ddt_bias)
+        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
+        launch(
+            unit_kernel,
+            self.slots * self.H,
+            (self.q, self.k, self.cu_seqlens, self.factors, dq_in, dk_in, dq, dk),
+            (self.options.scale, self.T, self.rows),
+            {
+                "H": self.H, "HV": self.HV, "K": self.K, "C": C, "BK": self.BK,
+                "GROUP": self.HV // self.H, "QK_L2NORM": self.options.qk_l2norm,
+                "num_warps": 4, "num_stages": 1,
+            },
+        )  # fmt: skip
+        if dA_log is not None:
+            dA_log = dA_log.sum((0, 2), dtype=torch.float64)
+        if ddt_bias is not None:
+            ddt_bias = ddt_bias.sum(0, dtype=torch.float64)[:, : self.K]
+        parameters = self._like(self.A_log, dA_log), self._like(self.dt_bias, ddt_bias)
+        return dq, dk, dv, dg, dbeta, *parameters
+
+    def across(self, do, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through) -> None:
+        """What comes through pairs and through states, from do and what the scans left."""
+        C, VP, PRECISION = self.C, self.values.shape[-1], self.common["PRECISION"]
         launch(
             adjoint_kernel,
             self.slots * self.HV,
@@ -399,19 +429,15 @@ class Call:
                 "BV": 64, "num_warps": THROUGH.warps * C // 64, "num_stages": THROUGH.stages,
             },
         )  # fmt: skip
-        del self.values, self.solved, self.states, self.dstates, self.both_values, self.both_states
-        dA_log = ddt_bias = None
-        blocks = self.BK // GRADIENTS.block
-        if self.A_log is not None:
-            dA_log = self.decay.new_empty(self.slots, self.HV, blocks)
-        if self.dt_bias is not None:
-            ddt_bias = torch.empty_like(self.decay)
+
+    def within(self, *operands) -> None:
+        """Gradients of q, k and gates of these; launches ``gradients_kernel``."""
         launch(
             gradients_kernel,
-            self.slots * self.HV * blocks,
+            self.slots * self.HV * (self.BK // GRADIENTS.block),
             (
                 self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens, self.factors,
-                dq_in, dk_in, dk_out, through, dqueries, dkeys, own, dg, dA_log, ddt_bias,
+                *operands,
             ),
             (self.options.scale, self.lower_bound, self.T, self.rows),
             {
@@ -420,24 +446,6 @@ class Call:
                 "num_warps": GRADIENTS.warps, "num_stages": GRADIENTS.stages,
             },
         )  # fmt: skip
-        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
-        launch(
-            unit_kernel,
-            self.slots * self.H,
-            (self.q, self.k, self.cu_seqlens, self.factors, dq_in, dk_in, dq, dk),
-            (self.options.scale, self.T, self.rows),
-            {
-                "H": self.H, "HV": self.HV, "K": self.K, "C": C, "BK": self.BK,
-                "GROUP": self.HV // self.H, "QK_L2NORM": self.options.qk_l2norm,
-                "num_warps": 4, "num_stages": 1,
-            },
-        )  # fmt: skip
-        if dA_log is not None:
-            dA_log = dA_log.sum((0, 2), dtype=torch.float64)
-        if ddt_bias is not None:
-            ddt_bias = ddt_bias.sum(0, dtype=torch.float64)[:, : self.K]
-        parameters = self._like(self.A_log, dA_log), self._like(self.dt_bias, ddt_bias)
-        return dq, dk, dv, dg, dbeta, *parameters
 
     def _like(self, parameter: Tensor | None, gradient: Tensor | None) -> Tensor:
         if parameter is None or gradient is None:

@@ -1,0 +1,456 @@
+"""The gradients of q, k and the gates of a chunk on Hopper: ``gradients_kernel`` in given layouts.
+
+A warp has 16 channels and all tokens of the chunk, as tiles of 16 tokens that stand on their side.
+They are accumulators of one product and operands of the next without a move between threads, and
+no warp waits for another.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from fla.ops.common.hopper import along
+from fla.ops.common.launch import launch
+from fla.ops.kda.activations import LOG2E, decay_of, log_decay, sigmoid
+from fla.ops.kda.halving import load_rate, weight_of
+from fla.ops.kda.slots import sequence
+from fla.ops.kda.triton import Call
+
+TILE = gl.constexpr(16)
+# Tokens of a chunk
+C = gl.constexpr(64)
+TILES = gl.constexpr(4)
+# Channels of a program
+CHANNELS = gl.constexpr(64)
+_ACC = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
+_LEFT = gl.constexpr(gl.DotOperandLayout(0, _ACC, 2))
+_RIGHT = gl.constexpr(gl.DotOperandLayout(1, _ACC, 2))
+_TOKEN = gl.constexpr(gl.SliceLayout(0, _ACC))
+_CHANNEL = gl.constexpr(gl.SliceLayout(1, _ACC))
+# What is copied to and from global memory, 16 bytes a thread
+_LINES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+_PAIRS = gl.constexpr(gl.BlockedLayout([1, 1, 8], [1, 16, 2], [1, 4, 1], [2, 1, 0]))
+_WORDS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+_SEARCH = gl.constexpr(128)
+_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+_COLUMNS = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0]))
+_SMALL = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
+_VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def locate(cu_seqlens, i_slot, rows, T):
+    """``slots.locate``, which leaves layouts to Triton."""
+    if cu_seqlens is None:
+        i_n = i_slot // gl.cdiv(T, C)
+        i_c = i_slot % gl.cdiv(T, C)
+    else:
+        i_n = i_slot * 0
+        for at in range(1, rows, _SEARCH):
+            o_n = at + gl.arange(0, _SEARCH, along(gl.num_warps()))
+            b_bos = gl.load(cu_seqlens + o_n, mask=o_n < rows, other=0).to(gl.int32)
+            i_n += gl.sum(((b_bos // C + o_n <= i_slot) & (o_n < rows)).to(gl.int32), 0)
+        i_c = i_slot - i_n - gl.load(cu_seqlens + i_n).to(gl.int32) // C
+    start, length = sequence(cu_seqlens, i_n, rows, T)
+    return i_n, i_c, start, length
+
+
+@gluon.jit
+def lines(stride):
+    """Where the elements of a tile [C, CHANNELS] lie, and the tokens of its rows."""
+    o_t = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(1, _LINES)), 1)
+    o_k = gl.expand_dims(gl.arange(0, CHANNELS, gl.SliceLayout(0, _LINES)), 0)
+    return o_t * stride + o_k, o_t
+
+
+@gluon.jit
+def copied(p, stride, left):
+    """A tile on its way to shared memory, in blocks of TILE; zeros from token ``left`` on."""
+    o_x, o_t = lines(stride)
+    tile = gl.allocate_shared_memory(p.dtype.element_ty, [C, CHANNELS], _SHARED)
+    async_copy.async_copy_global_to_shared(tile, p + o_x, o_t < left)
+    return tile._reinterpret(p.dtype.element_ty, [TILES, TILE, CHANNELS], _SHARED)
+
+
+@gluon.jit
+def copied_pairs(p):
+    """A matrix [C, C] likewise: rows of block a by columns of block b are block b · TILES + a."""
+    o_b = gl.arange(0, TILES, gl.SliceLayout(1, gl.SliceLayout(2, _PAIRS)))
+    o_r = gl.arange(0, C, gl.SliceLayout(0, gl.SliceLayout(2, _PAIRS)))
+    o_c = gl.arange(0, TILE, gl.SliceLayout(0, gl.SliceLayout(1, _PAIRS)))
+    o_x = gl.expand_dims(gl.expand_dims(o_b * TILE, 1), 2)
+    o_x += gl.expand_dims(gl.expand_dims(o_r * C, 0), 2)
+    o_x += gl.expand_dims(gl.expand_dims(o_c, 0), 1)
+    blocks = gl.allocate_shared_memory(p.dtype.element_ty, [TILES, C, TILE], _COLUMNS)
+    async_copy.async_copy_global_to_shared(blocks, p + o_x)
+    return blocks._reinterpret(p.dtype.element_ty, [TILES * TILES, TILE, TILE], _SMALL)
+
+
+@gluon.jit
+def copied_vector(p, N: gl.constexpr):
+    """N numbers likewise."""
+    vector = gl.allocate_shared_memory(p.dtype.element_ty, [1, N], _VECTOR)
+    async_copy.async_copy_global_to_shared(vector.index(0), p + gl.arange(0, N, _WORDS))
+    return vector._reinterpret(p.dtype.element_ty, [N // TILE, TILE], _VECTOR)
+
+
+@gluon.jit
+def put(p, stride, left, tiles):
+    """A tile from shared memory, its tokens before ``left``."""
+    o_x, o_t = lines(stride)
+    tile = tiles._reinterpret(tiles.dtype, [C, CHANNELS], _SHARED)
+    gl.store(p + o_x, tile.load(_LINES), o_t < left)
+
+
+@gluon.jit
+def wide(x):
+    """bf16 in fp32: two numbers that share a register, without moving them apart first."""
+    return gl.inline_asm_elementwise(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], gl.float32, True, 2
+    )
+
+
+@gluon.jit
+def narrow(x):
+    """fp32 in bf16, and that in fp32; a conversion there and back takes four times as long."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
+        "=&r,=r,=r,r,r", [x], (gl.bfloat16, gl.float32), True, 2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def side(tile):
+    """Tokens of a block on their side, [CHANNELS, TILE], in fp32."""
+    x = tile.permute((1, 0)).load(_ACC)
+    return wide(x) if tile.dtype == gl.bfloat16 else x.to(gl.float32)
+
+
+@gluon.jit
+def put_side(tile, x):
+    tile.permute((1, 0)).store(x.to(tile.dtype))
+
+
+@gluon.jit
+def tokens_of(vector):
+    """TILE numbers, one a token, [1, TILE]."""
+    return gl.expand_dims(vector.load(_TOKEN), 0)
+
+
+@gluon.jit
+def channels_of(vector):
+    """CHANNELS numbers, one a channel, [CHANNELS, 1]."""
+    return gl.expand_dims(vector.load(_CHANNEL), 1)
+
+
+@gluon.jit
+def left_side(tile):
+    """Tokens of a block on their side as left operand."""
+    return tile.permute((1, 0)).load(_LEFT)
+
+
+@gluon.jit
+def pairs_of(blocks, a, b):
+    """Rows of block a by columns of block b of a matrix as right operand, and the transpose."""
+    tile = blocks.index(b * TILES + a)
+    return tile.load(_RIGHT), tile.permute((1, 0)).load(_RIGHT)
+
+
+@gluon.jit
+def select(i, x_0, x_1, x_2, x_3):
+    """Of four values that of block i."""
+    return gl.where(i == 0, x_0, gl.where(i == 1, x_1, gl.where(i == 2, x_2, x_3)))
+
+
+@gluon.jit
+def times(x, matrix, acc):
+    """acc + x [CHANNELS, TILE] times a right operand [TILE, TILE]."""
+    return mma_v2(gl.convert_layout(x.to(gl.bfloat16), _LEFT), matrix, acc)
+
+
+@gluon.jit
+def sums(x, mask, acc):
+    """acc + x times a mask of 0 and 1, which is exact; x goes in as two 16-bit parts."""
+    high, rounded = narrow(x)
+    return times(x - rounded, mask, times(high, mask, acc))
+
+
+@gluon.jit
+def part_of(x):
+    """Over the tokens that a thread has, four threads to a channel."""
+    return gl.sum(gl.sum(x.reshape([CHANNELS, 2, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def sum_of(x):
+    """Over tokens, [CHANNELS, 1]."""
+    return gl.expand_dims(gl.sum(x, 1), 1)
+
+
+@gluon.jit
+def as_mask(m):
+    return gl.where(m, 1.0, 0.0).to(gl.bfloat16)
+
+
+@gluon.jit
+def gates_at(tile, bias, rate, lower_bound, m_t, GATE: gl.constexpr):
+    """Of a block what the gates' gradient asks for, and log-decays in units of log 2."""
+    x = side(tile)
+    if GATE and lower_bound is not None:
+        slope = -LOG2E * rate
+        y = 1 + gl.exp2(x * slope + bias * slope)
+        x = gl.rsqrt(y * y)
+        decay = x * gl.where(m_t, lower_bound * LOG2E, 0.0)
+    else:
+        x += bias
+        decay = gl.where(m_t, log_decay(x, rate, lower_bound, GATE), 0.0)
+    return x, decay
+
+
+@gluon.jit
+def gates_backward(tile, x, decay, dg, bias, rate, lower_bound, m_t, GATE: gl.constexpr):
+    """From the gradients of log-decays those of the gates, and of log rate."""
+    if not GATE:
+        return dg, dg
+    if lower_bound is None:
+        drate = gl.where(m_t, dg * decay * (1 / LOG2E), 0.0)
+        dx = gl.where(m_t, dg * -rate * sigmoid(x), 0.0)
+    else:
+        dx = dg * gl.where(m_t, lower_bound * rate, 0.0) * (x - x * x)
+        drate = dx * (side(tile) + bias)
+    return dx, drate
+
+
+@gluon.jit
+def through_level(level, q, k, g, dms, das, dq, dk, dg):
+    """``chunk_gradients.through_level`` with the pairs below the diagonal, and their transposes."""
+    o_r = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(1, _RIGHT)), 1)
+    o_c = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(0, _RIGHT)), 0)
+    row = o_r >> level
+    column = o_c >> level
+    # where the gate of o_r lies between token o_c and its level's boundary, and the reverse
+    near = row == column
+    segment = as_mask(near & (((column & 1) == 1) == (o_r <= o_c)))
+    back = as_mask(near & (((row & 1) == 1) == (o_c <= o_r)))
+    below = (row == column + 1) & ((row & 1) == 1)
+    above = (column == row + 1) & ((column & 1) == 1)
+    zero = gl.zeros([CHANNELS, TILE], gl.float32, _ACC)
+    decay = decay_of(sums(g, segment, zero))
+    qd = q * decay
+    kd = k * decay
+    none = gl.zeros([TILE, TILE], gl.bfloat16, _RIGHT)
+    dm = gl.where(below, dms[0], none)
+    da = gl.where(below, das[0], none)
+    dqd = times(kd, gl.where(above, dms[1], none), zero)
+    dkd = times(kd, gl.where(above, das[1], none), times(kd, da, times(qd, dm, zero)))
+    dg = times(qd * dqd + kd * dkd, back, dg)
+    return dq + decay * dqd, dk + decay * dkd, dg
+
+
+@gluon.jit(do_not_specialize=["T", "rows"])
+def hopper_gradients_kernel(
+    q, k, g, A_log, dt_bias, cu_seqlens, factors, near, dq_in, dk_in, dk_out, through,
+    dqueries, dkeys, own, dg, dA_log, ddt_bias,
+    scale, lower_bound, T, rows,
+    H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
+    GATE: gl.constexpr, FORGETS: gl.constexpr,
+):  # fmt: skip
+    """``gradients_kernel`` for chunks of 64 in bf16, a row i of block a and a key j of block b < a
+
+        D_ij = exp2(prefix_i) Π_{b<c<a} exp2(total_c) exp2(suffix_j)
+
+    decayed over one block after the other: what a row gains from the keys of block b passes the
+    blocks between before what the next block gives is added, a key's gains likewise from behind.
+    """
+    BLOCKS: gl.constexpr = K // CHANNELS
+    i_block = gl.program_id(0) % BLOCKS
+    i_hv = gl.program_id(0) // BLOCKS % HV
+    i_slot = gl.program_id(0) // BLOCKS // HV
+    i_h = i_hv // (HV // H)
+    i_n, i_c, start, length = locate(cu_seqlens, i_slot, rows, T)
+    left = length - i_c * C
+    place = i_slot.to(gl.int64) * HV + i_hv
+    token = start + i_c * C
+    first = i_block * CHANNELS
+    channel = first + gl.arange(0, CHANNELS, _CHANNEL)
+    p_dg = dg + (token * HV + i_hv) * K + first
+
+    there = left > 0
+    if cu_seqlens is not None:
+        there = there & (i_n < rows - 1)
+    if not there:  # padding has no gradient, nor has a slot that no chunk fills
+        if dA_log is not None:
+            gl.store(dA_log + place * BLOCKS + i_block, 0.0)
+        if ddt_bias is not None:
+            gl.store(ddt_bias + place * K + channel, channel * 0.0)
+        o_x, o_t = lines(HV * K)
+        b_zero = gl.zeros([C, CHANNELS], dg.dtype.element_ty, _LINES)
+        gl.store(p_dg + o_x, b_zero, o_t < left)
+        return
+
+    padded = place * (C * K) + first
+    g_tiles = copied(g + (token * HV + i_hv) * K + first, HV * K, left)
+    k_tiles = copied(k + (token * H + i_h) * K + first, H * K, left)
+    out_tiles = copied(dk_out + padded, K, C)
+    norms = copied_vector(factors + place * (2 * C), 2 * C)
+    async_copy.commit_group()
+    q_tiles = copied(q + (token * H + i_h) * K + first, H * K, left)
+    dq_tiles = copied(dq_in + padded, K, C)
+    dk_tiles = copied(dk_in + padded, K, C)
+    dm_blocks = copied_pairs(dqueries + place * (C * C))
+    da_blocks = copied_pairs(dkeys + place * (C * C))
+    async_copy.commit_group()
+    rate = load_rate(A_log, i_hv, GATE)
+    b_bias = gl.zeros([CHANNELS], gl.float32, _CHANNEL)
+    if GATE:
+        if dt_bias is not None:
+            b_bias = gl.load(dt_bias + i_hv * K + channel).to(gl.float32)
+    b_bias = gl.expand_dims(b_bias, 1)
+    b_through = gl.expand_dims(gl.load(through + place * K + channel), 1)
+    near += place * TILES
+    near_0 = gl.load(near)
+    near_1 = gl.load(near + 1)
+    near_2 = gl.load(near + 2)
+    near_3 = gl.load(near + 3)
+
+    o_r = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(1, _RIGHT)), 1)
+    o_c = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(0, _RIGHT)), 0)
+    mask = gl.allocate_shared_memory(gl.bfloat16, [TILE, TILE], _SMALL)
+    mask.store(as_mask(o_r < o_c))
+    o_i = gl.expand_dims(gl.arange(0, TILE, _TOKEN), 0)
+    zero = gl.zeros([CHANNELS, TILE], gl.float32, _ACC)
+
+    # keys at the end of their blocks, what gates gain between them and the chunk's end, and decays;
+    # in loops that stay loops, for straight code of all blocks waits for its instructions
+    async_copy.wait_group(1)
+    ends = gl.allocate_shared_memory(gl.bfloat16, [TILES, TILE, CHANNELS], _SHARED)
+    b_none = gl.zeros_like(b_bias)
+    decays = gl.allocate_shared_memory(gl.float32, [TILES, CHANNELS], _VECTOR)
+    outs = gl.allocate_shared_memory(gl.float32, [TILES, CHANNELS], _VECTOR)
+    b_rest = gl.zeros([CHANNELS], gl.float32, _CHANNEL)
+    for i in range(TILES):
+        a = TILES - 1 - i
+        m_t = o_i + a * TILE < left
+        _, b_g = gates_at(g_tiles.index(a), b_bias, rate, lower_bound, m_t, GATE)
+        b_k = side(k_tiles.index(a)) * tokens_of(norms.index(TILES + a))
+        b_end, b_end32 = narrow(
+            b_k * weight_of(sums(b_g, mask.permute((1, 0)).load(_RIGHT), zero), FORGETS)
+        )
+        put_side(ends.index(a), b_end)
+        b_out = gl.sum(b_end32 * side(out_tiles.index(a)), 1) * decay_of(b_rest)
+        b_total = gl.sum(b_g, 1)
+        outs.index(a).store(b_out)
+        decays.index(a).store(decay_of(b_total))
+        b_rest += b_total
+    b_through *= gl.expand_dims(decay_of(b_rest), 1)
+
+    async_copy.wait_group(0)
+    b_drate = part_of(zero)
+    b_dbias = b_drate
+    # what gates gain between the state or a key before their block, and rows behind it
+    f_0, f_1, f_2 = b_none, b_none, b_none
+    for i in range(TILES):
+        a = TILES - 1 - i
+        m_t = o_i + a * TILE < left
+        b_x, b_g = gates_at(g_tiles.index(a), b_bias, rate, lower_bound, m_t, GATE)
+        b_q = side(q_tiles.index(a)) * (tokens_of(norms.index(a)) * scale)
+        b_k = side(k_tiles.index(a)) * tokens_of(norms.index(TILES + a))
+        b_prefix = sums(b_g, mask.load(_RIGHT), b_g)
+        b_up = weight_of(b_prefix, FORGETS)
+        b_qd, b_qd32 = narrow(b_q * b_up)
+        b_kd, b_kd32 = narrow(b_k * b_up)
+        # rows, for the state and the keys of blocks before
+        b_dq = side(dq_tiles.index(a))
+        b_dk = side(dk_tiles.index(a))
+        b_passing = b_through + select(a, f_0, f_1, f_2, b_none)
+        b_0, b_1, b_2 = b_none, b_none, b_none
+        for b in range(a):
+            b_decay = channels_of(decays.index(b))
+            b_dq *= b_decay
+            b_dk *= b_decay
+            b_flow = sum_of(b_qd32 * b_dq + b_kd32 * b_dk)
+            b_0 = gl.where(b == 0, b_flow, b_0 * b_decay)
+            b_1 = gl.where(b == 1, b_flow, b_1 * b_decay)
+            b_2 = gl.where(b == 2, b_flow, b_2 * b_decay)
+            b_passing += channels_of(outs.index(b))
+            b_end = left_side(ends.index(b))
+            b_dq = mma_v2(b_end, pairs_of(dm_blocks, a, b)[1], b_dq)
+            b_dk = mma_v2(b_end, pairs_of(da_blocks, a, b)[1], b_dk)
+        f_0 += b_0
+        f_1 += b_1
+        f_2 += b_2
+        # keys, for rows of the blocks behind and the chunk's end
+        b_gain = side(out_tiles.index(a))
+        for j in range(i):
+            c = TILES - 1 - j
+            b_gain *= channels_of(decays.index(c))
+            b_gain = mma_v2(left_side(q_tiles.index(c)), pairs_of(dm_blocks, c, a)[0], b_gain)
+            b_gain = mma_v2(left_side(k_tiles.index(c)), pairs_of(da_blocks, c, a)[0], b_gain)
+        b_dg = times(side(ends.index(a)) * b_gain, mask.load(_RIGHT), zero + b_passing)
+        # pairs in this block
+        dms = pairs_of(dm_blocks, a, a)
+        das = pairs_of(da_blocks, a, a)
+        if select(a, near_0, near_1, near_2, near_3) == TILE:
+            # what enters a product twice is rounded once: the gradients of the two exponents of a
+            # pair cancel where both sum the same gate
+            b_inverse = gl.exp2(-b_prefix)
+            b_ki, b_ki32 = narrow(b_k * b_inverse)
+            b_dq = times(b_ki, dms[1], b_dq)
+            b_dk = times(b_ki, das[1], b_dk)
+            b_dki = times(b_kd, das[0], times(b_qd, dms[0], zero))
+            b_dexponent = b_qd32 * b_dq + b_kd32 * b_dk - b_ki32 * b_dki
+            b_dq = b_up * b_dq
+            b_dk = b_up * b_dk + b_inverse * (b_dki + b_gain * channels_of(decays.index(a)))
+        else:
+            # read again rather than kept over the way that most blocks take
+            _, b_g = gates_at(g_tiles.index(a), b_bias, rate, lower_bound, m_t, GATE)
+            b_q = side(q_tiles.index(a)) * (tokens_of(norms.index(a)) * scale)
+            b_k = side(k_tiles.index(a)) * tokens_of(norms.index(TILES + a))
+            b_own = gl.expand_dims(
+                gl.load(own + place * C + a * TILE + gl.arange(0, TILE, _TOKEN)), 0
+            )
+            b_dexponent = b_qd32 * b_dq + b_kd32 * b_dk
+            b_down = weight_of(sums(b_g, mask.permute((1, 0)).load(_RIGHT), zero), FORGETS)
+            b_dq = b_up * b_dq + b_own * b_k
+            b_dk = b_up * b_dk + b_own * b_q + b_down * b_gain
+            for level in range(4):
+                b_dq, b_dk, b_dg = through_level(level, b_q, b_k, b_g, dms, das, b_dq, b_dk, b_dg)
+        b_dg = sums(b_dexponent, mask.permute((1, 0)).load(_RIGHT), b_dg + b_dexponent)
+        b_dx, b_share = gates_backward(
+            g_tiles.index(a), b_x, b_g, b_dg, b_bias, rate, lower_bound, m_t, GATE
+        )
+        # rows for keys before them, in place of what they were made of
+        put_side(q_tiles.index(a), b_qd)
+        put_side(k_tiles.index(a), b_kd)
+        put_side(dq_tiles.index(a), b_dq)
+        put_side(dk_tiles.index(a), b_dk)
+        put_side(g_tiles.index(a), b_dx)
+        b_drate += part_of(b_share)
+        b_dbias += part_of(b_dx)
+    if dA_log is not None:
+        gl.store(dA_log + place * BLOCKS + i_block, gl.sum(gl.sum(b_drate, 1), 0))
+    if ddt_bias is not None:
+        b_dbias = gl.convert_layout(gl.sum(b_dbias, 1), _CHANNEL)
+        gl.store(ddt_bias + place * K + channel, b_dbias)
+    put(dq_in + padded, K, C, dq_tiles)
+    put(dk_in + padded, K, C, dk_tiles)
+    put(p_dg, HV * K, left, g_tiles)
+
+
+def run_gradients(call: Call, *operands) -> None:
+    """``triton.Call.within`` for Hopper."""
+    launch(
+        hopper_gradients_kernel,
+        call.slots * call.HV * (call.BK // CHANNELS.value),
+        (
+            call.q, call.k, call.g, call.A_log, call.dt_bias, call.cu_seqlens, call.factors,
+            call.near, *operands,
+        ),
+        (call.options.scale, call.lower_bound, call.T, call.rows),
+        {
+            "H": call.H, "HV": call.HV, "K": call.K, "GATE": call.options.gate,
+            "FORGETS": call.forgets, "num_warps": 4,
+        },
+    )  # fmt: skip

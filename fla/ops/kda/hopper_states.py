@@ -1,0 +1,158 @@
+"""What a chunk's backward pass makes of do, w and u on Hopper, which are read once for all of it.
+
+``adjoint_kernel`` and ``through_states_kernel`` as one, with products of warps.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from fla.ops.common.launch import launch
+from fla.ops.kda.activations import beta_backward
+from fla.ops.kda.hopper_gradients import C, locate
+from fla.ops.kda.triton import Call
+
+# Value channels that a step of a product takes
+STEP = gl.constexpr(32)
+# Two programs on a multiprocessor
+WARPS = 8
+REGISTERS = 128
+_ACC = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 2], [16, 8]))
+_LEFT = gl.constexpr(gl.DotOperandLayout(0, _ACC, 2))
+_RIGHT = gl.constexpr(gl.DotOperandLayout(1, _ACC, 2))
+_ROW = gl.constexpr(gl.SliceLayout(1, _ACC))
+_LINES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
+_LINE = gl.constexpr(gl.SliceLayout(1, _LINES))
+_ALONG = gl.constexpr(gl.SliceLayout(0, _LINES))
+_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+
+
+@gluon.jit
+def lines(ROWS: gl.constexpr, COLUMNS: gl.constexpr, stride):
+    """Where the elements of a tile lie."""
+    o_r = gl.expand_dims(gl.arange(0, ROWS, _LINE), 1)
+    return o_r * stride + gl.expand_dims(gl.arange(0, COLUMNS, _ALONG), 0)
+
+
+@gluon.jit
+def copied(p, ROWS: gl.constexpr, COLUMNS: gl.constexpr, stride, left):
+    """A tile on its way to shared memory; zeros from row ``left`` on."""
+    tile = gl.allocate_shared_memory(p.dtype.element_ty, [ROWS, COLUMNS], _SHARED)
+    m = gl.expand_dims(gl.arange(0, ROWS, _LINE), 1) < left
+    async_copy.async_copy_global_to_shared(tile, p + lines(ROWS, COLUMNS, stride), m)
+    return tile
+
+
+@gluon.jit
+def put(p, x, COLUMNS: gl.constexpr):
+    """Store an accumulator [C, COLUMNS] in lines, by way of shared memory."""
+    x = gl.convert_layout(x.to(p.dtype.element_ty), _LINES)
+    gl.store(p + lines(C, COLUMNS, COLUMNS), x)
+
+
+@gluon.jit(do_not_specialize=["T", "rows"])
+def hopper_states_kernel(
+    do, beta, cu_seqlens, betas, values, solved, states, dstates,
+    dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through,
+    T, rows,
+    HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    BETA_SIGMOID: gl.constexpr, BETA_RANGE: gl.constexpr,
+):  # fmt: skip
+    """What ``adjoint_kernel`` and ``through_states_kernel`` make, of one chunk and value head.
+
+    But dM and dA as lower triangles, dM with its diagonal, as the next kernel multiplies them.
+    """
+    i_slot = gl.program_id(0) // HV
+    i_hv = gl.program_id(0) % HV
+    i_n, i_c, start, length = locate(cu_seqlens, i_slot, rows, T)
+    left = length - i_c * C
+    if left <= 0:
+        return
+    token = start + i_c * C
+    place = i_slot.to(gl.int64) * HV + i_hv
+    o_line = gl.arange(0, C, _LINE)
+    m_line = gl.expand_dims(o_line < left, 1)
+    p_dv = dv + (token * HV + i_hv) * V + lines(C, V, HV * V)
+    o_c = gl.arange(0, C, _ROW)
+    p_dbeta = dbeta + (token + o_c) * HV + i_hv
+    if cu_seqlens is not None:
+        if i_n == rows - 1:  # padding has no gradient
+            gl.store(p_dv, gl.zeros([C, V], dv.dtype.element_ty, _LINES), m_line)
+            gl.store(p_dbeta, gl.zeros([C], dbeta.dtype.element_ty, _ROW), o_c < left)
+            return
+
+    do_tile = copied(do + (token * HV + i_hv) * V, C, V, HV * V, left)
+    w_tile = copied(values + place * (C * V), C, V, V, C)
+    u_tile = copied(solved + place * (C * V), C, V, V, C)
+    async_copy.commit_group()
+    s_tile = copied(states + place * (V * K), V, K, K, V)
+    async_copy.commit_group()
+    ds_tile = copied(dstates + place * (V * K), V, K, K, V)
+    async_copy.commit_group()
+    betas += place * C
+    b_beta = gl.load(betas + o_c)
+    b_line = gl.expand_dims(gl.load(betas + o_line), 1)
+    b_column = gl.expand_dims(gl.load(betas + gl.arange(0, C, gl.SliceLayout(0, _ACC))), 0)
+    b_raw = gl.load(beta + (token + o_c) * HV + i_hv, o_c < left, 0).to(gl.float32)
+
+    async_copy.wait_group(2)
+    b_ow = gl.zeros([C, C], gl.float32, _ACC)
+    b_uw = gl.zeros([C, C], gl.float32, _ACC)
+    for i in gl.static_range(V // STEP):
+        b_w = w_tile.slice(i * STEP, STEP, 1).permute((1, 0)).load(_RIGHT)
+        b_ow = mma_v2(do_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_w, b_ow)
+        b_uw = mma_v2(u_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_w, b_uw)
+    gl.store(p_dv, (u_tile.load(_LINES).to(gl.float32) * b_line).to(dv.dtype.element_ty), m_line)
+    o_column = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(0, _ACC)), 0)
+    o_row = gl.expand_dims(o_c, 1)
+    b_dbeta = gl.sum(gl.where(o_row == o_column, b_uw, 0.0), 1)
+    b_dbeta = beta_backward(b_raw, b_dbeta, BETA_SIGMOID, BETA_RANGE)
+    gl.store(p_dbeta, b_dbeta.to(dbeta.dtype.element_ty), o_c < left)
+    b_ow *= b_column
+    gl.store(own + place * C + o_c, gl.sum(gl.where(o_row == o_column, b_ow, 0.0), 1))
+    # as they are: room to lay them in lines would leave one program a multiprocessor
+    p_pairs = place * (C * C) + o_row * C + o_column
+    dtype: gl.constexpr = dkeys.dtype.element_ty
+    gl.store(dqueries + p_pairs, gl.where(o_row >= o_column, b_ow, 0.0).to(dtype))
+    b_uw *= gl.expand_dims(b_beta, 1) * -b_column
+    gl.store(dkeys + p_pairs, gl.where(o_row > o_column, b_uw, 0.0).to(dtype))
+
+    async_copy.wait_group(1)
+    b_dq = gl.zeros([C, K], gl.float32, _ACC)
+    b_dk = gl.zeros([C, K], gl.float32, _ACC)
+    for i in gl.static_range(V // STEP):
+        b_s = s_tile.slice(i * STEP, STEP).load(_RIGHT)
+        b_dq = mma_v2(do_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_s, b_dq)
+        b_dk = mma_v2(u_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_s, b_dk)
+    put(dq_in + place * (C * K), b_dq, K)
+    put(dk_in + place * (C * K), b_dk * -gl.expand_dims(b_beta, 1), K)
+
+    async_copy.wait_group(0)
+    b_dk = gl.zeros([C, K], gl.float32, _ACC)
+    for i in gl.static_range(V // STEP):
+        b_ds = ds_tile.slice(i * STEP, STEP).load(_RIGHT)
+        b_dk = mma_v2(w_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_ds, b_dk)
+    put(dk_out + place * (C * K), b_dk * gl.expand_dims(b_beta, 1), K)
+    b_through = s_tile.load(_LINES).to(gl.float32) * ds_tile.load(_LINES).to(gl.float32)
+    gl.store(through + place * K + gl.arange(0, K, _ALONG), gl.sum(b_through, 0))
+
+
+def run_states(
+    call: Call, do, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through
+) -> None:
+    """``triton.Call.across`` for Hopper; pairs' gradients are lower triangles."""
+    launch(
+        hopper_states_kernel,
+        call.slots * call.HV,
+        (
+            do, call.beta, call.cu_seqlens, call.betas, call.values, call.solved, call.states,
+            call.dstates, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through,
+        ),
+        (call.T, call.rows),
+        {
+            "HV": call.HV, "K": call.K, "V": call.V, **call.beta_flags,
+            "num_warps": WARPS, "maxnreg": REGISTERS,
+        },
+    )  # fmt: skip

@@ -1,0 +1,164 @@
+"""The delta engine's gradients for Hopper on a GPU.
+
+Run as a program it makes a few small calls, for compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from unittest import mock
+
+import kda_calls
+import pytest
+import sanitizer
+import torch
+from on_hopper import marks, verified
+
+from fla.ops.common.dispatch import use
+from fla.ops.kda import chunk_kda, hopper_gradients, hopper_states
+from fla.testing import Shape, all_specs
+from fla.testing.compare import measure, relative_error
+
+pytestmark = marks
+
+
+@contextlib.contextmanager
+def on_hopper():
+    """Inside, the kernels count as verified and have to be launched."""
+    with (
+        verified("delta"),
+        use("hopper"),
+        mock.patch.object(hopper_gradients, "launch", wraps=hopper_gradients.launch) as within,
+        mock.patch.object(hopper_states, "launch", wraps=hopper_states.launch) as across,
+    ):
+        yield
+    assert within.called and across.called
+
+
+def taken():
+    for launch in kda_calls.chunked():
+        if launch.dtype == torch.bfloat16 and launch.K in (64, 128) and launch.V in (64, 128):
+            yield launch
+
+
+def check(spec, shape, variant):
+    with on_hopper():
+        found = measure(spec, shape, variant, torch.bfloat16, "cuda")
+    wrong = {name: pair for name, pair in found.items() if not pair[0] <= pair[1]}
+    assert found and not wrong, wrong
+
+
+@pytest.mark.parametrize("launch", list(taken()), ids=str)
+def test_against_fp64(launch):
+    with launch.as_told():
+        check(launch.spec, launch.shape, launch.variant)
+
+
+def constant(decay):
+    return lambda shape, draw: {
+        "g": decay * (1 + 0.1 * draw(shape.B, shape.T, shape.H * shape.group, shape.K).tanh())
+    }
+
+
+def mixed(shape, draw):
+    """All of them side by side, each channel of each token its own."""
+    which = draw(shape.B, shape.T, shape.H * shape.group, shape.K)
+    edges = torch.tensor([-1.5, -1.0, -0.5, 0.5], dtype=which.dtype)
+    decays = torch.tensor([-1e4, -80.0, -5.0, -0.05, -1e-6], dtype=which.dtype)
+    return {"g": decays[torch.bucketize(which, edges)]}
+
+
+DECAYS = {f"{decay:g}": constant(decay) for decay in (-1e-6, -0.05, -5.0, -80.0, -1e4, 0.05)}
+(CHUNKED,) = (spec for spec in all_specs() if spec.name == "chunk_kda")
+GATES = dataclasses.replace(CHUNKED, variants=DECAYS | {"mixed": mixed})
+
+
+@pytest.mark.parametrize("gate", GATES.variants)
+def test_gates(gate):
+    check(GATES, Shape(T=150, K=64, V=64), gate)
+
+
+@pytest.mark.parametrize("T", [1, 15, 63, 64, 65, 500])
+def test_lengths(T):
+    check(CHUNKED, Shape(T=T, K=128, V=64, group=2), "raw, lower bound, state")
+
+
+def operands(T, H=4, K=128):
+    torch.manual_seed(T)
+    q, k, v, do = torch.randn(4, 1, T, H, K, device="cuda", dtype=torch.bfloat16)
+    k = torch.nn.functional.normalize(k, dim=-1)
+    g = -0.05 * torch.rand(1, T, H, K, device="cuda")
+    g = torch.where(torch.rand_like(g) < 0.01, -1e4, g)
+    return q, k, v, g, torch.rand(1, T, H, device="cuda"), do
+
+
+def run(q, k, v, g, beta, do, **more):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, g, beta)]
+    o, _ = chunk_kda(*leaves, **more)
+    return torch.autograd.grad(o, leaves, do)
+
+
+@pytest.mark.parametrize("K", [64, 128])
+def test_agrees_with_triton(K):
+    arguments = operands(2000, K=K)
+    with on_hopper():
+        found = run(*arguments)
+    with use("triton"):
+        expected = run(*arguments)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 5e-3
+
+
+def test_a_thousand_times_the_same_bits():
+    """Where a barrier is missing, they move."""
+    arguments = operands(1000, H=33)
+    bounds = torch.tensor([0, 0, 300, 301, 900], device="cuda")
+    moved = torch.zeros((), device="cuda", dtype=torch.int64)
+    with on_hopper():
+        first = run(*arguments, cu_seqlens=bounds)
+        for _ in range(1000):
+            for a, b in zip(first, run(*arguments, cu_seqlens=bounds), strict=True):
+                moved += (a != b).sum()
+    assert not moved.item()
+
+
+def test_what_lies_beside_a_sequence_is_not_read():
+    """The last chunk of a sequence reaches into the next one, or behind all, here full of NaN."""
+    arguments = [x.clone() for x in operands(500)]
+    bounds = torch.tensor([0, 100, 230, 300], device="cuda")
+    with on_hopper():
+        expected = run(*arguments, cu_seqlens=bounds)
+        for x in arguments:
+            x[:, 100:230] = torch.nan
+            x[:, 300:] = torch.nan
+        found = run(*arguments, cu_seqlens=bounds)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a[:, :100], b[:, :100]) and torch.equal(a[:, 230:300], b[:, 230:300])
+        assert not a[:, 300:].any()
+
+
+@sanitizer.needed
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitized(tool):
+    found = sanitizer.sanitized(tool, __file__)
+    assert ("ERROR SUMMARY: 0 errors" in found) or ("RACECHECK SUMMARY: 0 hazards" in found)
+
+
+def main() -> None:
+    bounds = torch.tensor([0, 70, 70, 200, 256], device="cuda")
+    for K in (64, 128):
+        with on_hopper():
+            run(*operands(300, 2, K), cu_seqlens=bounds)
+        A_log, bias = torch.zeros(2, device="cuda"), torch.zeros(2 * K, device="cuda")
+        q, k, v, g, beta, do = operands(150, 2, K)
+        raw = {"A_log": A_log, "dt_bias": bias, "use_gate_in_kernel": True}
+        for lower_bound in (None, -5.0):
+            with on_hopper():
+                g = torch.randn_like(g).bfloat16()
+                run(q, k, v, g, beta, do, lower_bound=lower_bound, **raw)
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

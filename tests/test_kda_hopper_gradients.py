@@ -1,0 +1,146 @@
+"""The delta engine's gradients for Hopper without a GPU: emulated and compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from compiling import compiling
+from interpreted_kda import operands
+from triton import knobs
+
+from fla.ops.kda import hopper
+from fla.ops.kda import triton as portable
+
+# Launchers of other kernels, which are not launched here
+OTHERS = dict.fromkeys(("run_intra", "run_scan"), mock.DEFAULT)
+FP32 = 1e-4  # the contract's
+# Triton's kernels run in its interpreter, those for Hopper over a stand-in for Gluon, in fp32
+EMULATED = """
+import json, torch
+from unittest import mock
+import emulated_gluon
+from interpreted_kda import NAMES, operands, wide
+from fla.ops.kda import eager, triton as portable
+from fla.testing.compare import relative_error
+
+torch.set_num_threads(1)
+modules = emulated_gluon._modules()
+modules["triton.experimental.gluon.language"].bfloat16 = torch.float32
+stages = "kda.hopper_gradients", "kda.hopper_states"
+names = "common.kernels", "common.hopper", "kda.slots", "kda.activations", "kda.halving", *stages
+with (
+    mock.patch.object(emulated_gluon, "_modules", lambda: modules),
+    mock.patch.object(portable, "Call", portable.Call),
+    emulated_gluon.emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as loaded,
+):
+    within, across = loaded[-2:]
+within.wide, within.narrow = lambda x: x, lambda x: (x, x)
+within.launch = across.launch = (
+    lambda kernel, programs, tensors, numbers, constants: kernel[(programs,)](
+        *tensors, *numbers, **constants
+    )
+)
+
+class Call(portable.Call):
+    across, within = across.run_states, within.run_gradients
+
+cases = (
+    {"T": 1, "K": 64, "V": 64},
+    {"T": 63, "K": 64, "V": 128, "gate": "raw", "lower_bound": -5.0, "beta_sigmoid": True},
+    {"T": 65, "K": 128, "V": 64, "gate": "mixed", "H": 1, "HV": 2},
+    {"T": 130, "K": 64, "V": 64, "gate": "raw", "lower_bound": -40.0, "B": 2},
+    {"T": 98, "K": 64, "V": 64, "lengths": (0, 33, 0, 64, 1, 0), "gate": "raw"},
+    {"T": 70, "K": 64, "V": 64, "gate": "growing"},
+)
+for case in cases:
+    arguments, do, dstate = operands(**case)
+    with mock.patch.object(portable, "chunk", lambda *sizes: 64):
+        found = portable.backward(do, dstate, *arguments, made_by=Call)
+    expected = eager.backward(do.double(), dstate.double(), *wide(arguments))
+    errors = {
+        name: relative_error(x, y) for name, x, y in zip(NAMES, found, expected) if y.numel()
+    }
+    print(json.dumps([str(case), errors]), flush=True)
+"""
+
+
+def test_emulated():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-c", EMULATED], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    calls = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(calls) == 6
+    for case, errors in calls:
+        assert {"q", "k", "v", "g", "beta"} <= errors.keys() and max(errors.values()) < FP32, (
+            case,
+            errors,
+        )
+
+
+def call(T=64, K=128, **more):
+    """A backward pass whose kernels for Hopper alone are launched."""
+    arguments, do, dstate = operands(T, K, K, torch.bfloat16, **more)
+    with mock.patch.object(portable, "launch"), mock.patch.multiple(hopper, **OTHERS):
+        hopper.backward(do, dstate, *arguments)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"gate": "raw", "lower_bound": -5.0},
+        {"gate": "raw", "lengths": (0, 40, 24), "HV": 2},
+        {"K": 64, "gate": "slow"},
+    ],
+)
+def test_compiles(more, tmp_path):
+    """Two programs fit, little is spilled, and warps seldom wait for each other."""
+    with compiling(90) as compiled:
+        call(**more)
+    names = [kernel.metadata.name for kernel in compiled]
+    assert names == ["hopper_states_kernel", "hopper_gradients_kernel"]
+    for kernel in compiled:
+        assert 2 * (kernel.metadata.shared + 1024) <= 228 << 10
+        assert "mma.sync.aligned.m16n8k16" in kernel.asm["ptx"]
+        assert len(re.findall(r"bar\S*\.sync", kernel.asm["ptx"])) < 32
+        binary = tmp_path / "kernel.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert int(re.search(r"STACK:(\d+)", usage).group(1)) <= 64, usage
+
+
+def test_other_lengths_compile_nothing_new():
+    with compiling(90) as compiled:
+        for T in (1, 64, 65, 500):
+            call(T)
+    assert len(compiled) == 2
+
+
+def test_what_it_does_not_take_goes_to_triton():
+    def launched(K=128, V=64, dtype=torch.bfloat16, moved=False, **more):
+        (q, *rest), do, dstate = operands(64, K, V, dtype, **more)
+        if moved:
+            q = torch.zeros(q.numel() + 1, dtype=dtype)[1:].view_as(q)
+        with (
+            mock.patch.multiple(hopper, **OTHERS),
+            mock.patch.multiple(hopper, run_states=mock.DEFAULT, run_gradients=mock.DEFAULT) as own,
+            mock.patch.object(portable, "launch"),
+        ):
+            hopper.backward(do, dstate, q, *rest)
+        across, within = (own[name].called for name in ("run_states", "run_gradients"))
+        assert across == within
+        return within
+
+    assert launched() and launched(K=64, V=128)
+    assert not (launched(K=96) or launched(K=256) or launched(V=256))
+    assert not (launched(dtype=torch.float16) or launched(moved=True))
