@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from inspect import signature
+from unittest import mock
 
+import numpy
 import pytest
 import torch
 from shapes import variants
 
 from fla import ops
+from fla.ops.common.boundary import Operator
 from fla.ops.linear_attn.utils import normalize_with_z_state
 from fla.testing import Shape
 
@@ -84,6 +88,22 @@ def test_scales(spec, variant):
         refuses(spec, {**good, "scale": scale}, TypeError, f"scale: expected a number, got {kind}")
 
 
+@pytest.mark.parametrize("kind", [int, numpy.float32])
+@every(lambda spec: "lightning" not in spec.name)
+def test_kernels_get_numbers_of_one_type(spec, variant, kind):
+    """Triton would compile for each type anew, and for an int that is 1 as if it was always 1."""
+    numbers = {"scale": kind(3), "lower_bound": kind(-4), "window_size": numpy.int64(5)}
+    good = spec.arguments(Shape(T=6), variant)
+    given = {name: x for name, x in numbers.items() if name in signature(spec.run).parameters}
+    call, seen = Operator.__call__, []
+    record = lambda self, *arguments: seen.extend(arguments) or call(self, *arguments)  # noqa: E731
+    with mock.patch.object(Operator, "__call__", record):
+        spec.run(**{**good, **given})
+    types = {type(x) for x in seen if not isinstance(x, torch.Tensor)}
+    assert types <= {float, int, bool, type(None), torch.dtype}
+    assert not any(type(x) is int and x in (3, -4) for x in seen)
+
+
 @every(lambda spec: spec.along_tokens)
 def test_unknown_keywords(spec, variant):
     good = spec.arguments(Shape(T=6), variant)
@@ -138,6 +158,11 @@ def test_boundaries(spec, variant):
 @pytest.fixture
 def qkv():
     return dict(zip("qkv", torch.randn(3, 2, 6, 2, 4), strict=True))
+
+
+def test_flags_by_position(qkv):
+    with pytest.raises(TypeError, match="output_final_state: expected True or False, got str"):
+        ops.chunk_linear_attn(*qkv.values(), None, None, "yes")
 
 
 def test_gates_exclude_each_other(qkv):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 from shapes import variants
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from fla import ops
@@ -103,6 +107,35 @@ def test_a_trace_holds_one_call_for_all_lengths(mode):
         traced = torch.jit.trace(run, (x,), check_trace=False)
         assert torch.equal(traced(x[:, :9]), run(x[:, :9]))
     assert "fla::linear_forward" in str(traced.graph)
+
+
+@every()
+def test_a_graph_from_before_dispatch_holds_calls_too(spec, variant):
+    arguments = spec.arguments(SHAPE, variant, torch.float32)
+
+    def run(v):
+        return spec.outputs({**arguments, "v": v})
+
+    if "v" in arguments:
+        graph = make_fx(run, pre_dispatch=True)(arguments["v"])
+        assert "torch.ops.fla." in graph.code
+        assert torch.equal(graph(arguments["v"])[0], run(arguments["v"])[0])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+@every(lambda spec: "lightning" not in spec.name)
+def test_shapes_alone_want_no_device(spec, variant, device):
+    """Neither one that is there nor a word about what runs on it."""
+
+    def elsewhere(x):
+        return torch.empty(x.shape, dtype=x.dtype, device=device)
+
+    arguments = spec.arguments(SHAPE, variant, torch.float32)
+    expected = spec.outputs(arguments)
+    with contextlib.nullcontext() if device == "meta" else FakeTensorMode():
+        shapes = spec.outputs(tree_map_only(torch.Tensor, elsewhere, arguments))
+    assert [(x.shape, x.dtype) for x in shapes] == [(x.shape, x.dtype) for x in expected]
 
 
 @every()

@@ -75,6 +75,7 @@ def _watched(x: torch.Tensor) -> bool:
         or x.is_meta
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
@@ -130,7 +129,7 @@ def _check(
     chunk_size,
 ) -> None:
     """What only the chunked form asks for."""
-    contract.number("chunk_size", chunk_size, numbers.Integral)
+    contract.whole_number("chunk_size", chunk_size)
     if chunk_size not in (32, 64):
         raise ValueError(f"chunk_size: `chunk_size` must be either 32 or 64, got {chunk_size}")
     if cp_context is not None:
