@@ -121,6 +121,8 @@ def test_flags(spec, variant):
     good = spec.arguments(Shape(T=6), variant)
     message = "output_final_state: expected True or False, got str"
     refuses(spec, {**good, "output_final_state": "yes"}, TypeError, message)
+    message = "output_final_state: expected True or False, got 2"
+    refuses(spec, {**good, "output_final_state": 2}, ValueError, message)
 
 
 @every(lambda spec: spec.packed and spec.along_tokens)
@@ -231,8 +233,16 @@ def test_windows_and_bounds_are_numbers(qkv):
         ops.parallel_attn(**qkv, window_size=3.5)
     with pytest.raises(TypeError, match="lower_bound: expected a number, got str"):
         ops.fused_kda_gate(qkv["q"], lower_bound="low")
+    gated = {"safe_gate": True, "use_gate_in_kernel": True, "lower_bound": "low"}
+    with pytest.raises(TypeError, match="lower_bound: expected a number, got str"):
+        ops.chunk_kda(**qkv, g=qkv["q"], beta=qkv["q"][..., 0], **gated)
     with pytest.raises(TypeError, match="layer_idx: expected a number, got NoneType"):
         ops.chunk_lightning_attn(**qkv, layer_idx=None, num_layers=4)
+
+
+def test_a_state_beside_no_tensor(qkv):
+    with pytest.raises(TypeError, match="q: expected a tensor, got list"):
+        ops.chunk_kda([1.0], *[qkv["q"]] * 3, qkv["q"][..., 0], initial_state=qkv["q"])
 
 
 def test_gates():

@@ -52,6 +52,8 @@ def public(function: Function) -> Function:
 def flag(name: str, value: Any) -> None:
     if not isinstance(value, int):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    if value not in (0, 1):
+        raise ValueError(f"{name}: expected True or False, got {value}")
 
 
 def operands(
