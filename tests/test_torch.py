@@ -6,6 +6,7 @@ import contextlib
 import functools
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
@@ -107,6 +108,34 @@ def test_a_trace_holds_one_call_for_all_lengths(mode):
         traced = torch.jit.trace(run, (x,), check_trace=False)
         assert torch.equal(traced(x[:, :9]), run(x[:, :9]))
     assert "fla::linear_forward" in str(traced.graph)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor around another one, which operators have to take out first."""
+
+    calls: ClassVar[list[str]] = []
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments, keywords=None):
+        cls.calls.append(str(function))
+        arguments = tree_map_only(Wrapped, lambda x: x.inner, arguments)
+        return function(*arguments, **keywords or {})
+
+
+def test_a_wrapped_tensor_among_others():
+    x = torch.randn(1, 37, 2, 8)
+    Wrapped.calls.clear()
+    o = ops.chunk_simple_gla(x, x, Wrapped(x))[0]
+    assert Wrapped.calls == ["fla.linear_forward.default"]
+    assert torch.equal(o, ops.chunk_simple_gla(x, x, x)[0])
 
 
 @every()
