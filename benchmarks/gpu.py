@@ -12,14 +12,17 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -34,6 +37,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # Longer than this a library does not get; the rows that it has until then count.
 PATIENCE = 400
+# Only it lies elsewhere, and runs in processes that find it there
+PEER = "fla-core"
 
 
 def main(argv: list[str]) -> int:
@@ -50,6 +55,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--library", help="measure this one here and print lines of JSON")
     parser.add_argument("--first-call", action="store_true", help="of --library, instead of rows")
+    parser.add_argument("--compile", action="store_true", help="its kernels only")
     options = parser.parse_args(argv)
     passed = True
     for engine in [options.only] if options.only else SUITES:
@@ -63,21 +69,50 @@ def main(argv: list[str]) -> int:
 
 def work(suite: Suite, options: argparse.Namespace) -> None:
     """Measure a library in this process; one line of JSON for each finding."""
-    if options.library == "fla-core":  # which would take modules that it lacks from this ``fla``
+    if options.library == PEER:  # which would take modules that it lacks from this ``fla``
         sys.path.remove(str(ROOT))
     if options.first_call:
         _say("first call, s", suite.first_call() if suite.first_call else {})
         return
-    for row in suite.rows:
-        if options.rows in row.name:
-            try:
-                found = suite.libraries[options.library](row)
-            except Exception as problem:  # the other rows are still to be measured
-                found = {"problem": f"{type(problem).__name__}: {problem}"[:300]}
-            torch.cuda.empty_cache()
-            _say(row.name, found)
-    if suite.host and options.library in ("ours", "fla-core"):
+    rows = [row for row in suite.rows if options.rows in row.name]
+    if options.compile:
+        libraries = [PEER] if options.library == PEER else [x for x in suite.libraries if x != PEER]
+        _compile(suite, [(library, row) for row in rows for library in libraries])
+        return
+    for row in rows:
+        _say(row.name, _measure(suite, options.library, row))
+    if suite.host and options.library in ("ours", PEER):
         _say("host, ms", suite.host())
+
+
+def _measure(suite: Suite, library: str, row: Row) -> Found:
+    try:
+        return suite.libraries[library](row)
+    except Exception as problem:  # the other rows are still to be measured
+        return {"problem": f"{type(problem).__name__}: {problem}"[:300]}
+    finally:
+        torch.cuda.empty_cache()
+
+
+def _compile(suite: Suite, calls: list[tuple[str, Row]]) -> None:
+    """Measure side by side what is called once, for the kernels that are compiled then."""
+
+    def some(first: int) -> None:
+        with mock.patch("triton.testing.do_bench", once):
+            for library, row in calls[first::processes]:
+                _measure(suite, library, row)
+
+    def once(run: Callable[[], Any], *_: Any, **__: Any) -> float:
+        run()
+        return 0.0
+
+    processes = max((os.cpu_count() or 2) - 2, 1)
+    fork = multiprocessing.get_context("fork")  # after imports, before the GPU is touched
+    running = [fork.Process(target=some, args=(i,)) for i in range(min(processes, len(calls)))]
+    for each in running:
+        each.start()
+    for each in running:
+        each.join()
 
 
 def _say(what: str, found: Found) -> None:
@@ -86,12 +121,10 @@ def _say(what: str, found: Found) -> None:
 
 def _run(engine: str, suite: Suite, options: argparse.Namespace) -> bool:
     """Measure a suite in all its libraries; write and print what was found."""
-    libraries = [name for name in suite.libraries if name != "fla-core" or options.peer]
-    found = {name: _apart(engine, name, options) for name in libraries}
-    if suite.first_call:
-        with tempfile.TemporaryDirectory() as cache:
-            found["ours"] |= _apart(engine, "ours", options, "--first-call", cache=cache)
+    libraries = [name for name in suite.libraries if name != PEER or options.peer]
+    found = _found(engine, suite, libraries, options)
     rows = [row for row in suite.rows if options.rows in row.name]
+    rows = suite.settle(rows, found["ours"])
     measured = [
         dataclasses.asdict(row)
         | {name: each[row.name] for name, each in found.items() if each.get(row.name)}
@@ -117,6 +150,29 @@ def _run(engine: str, suite: Suite, options: argparse.Namespace) -> bool:
     return all(reached(row, each.get("ours", {})) for row, each in zip(rows, measured, strict=True))
 
 
+def _found(
+    engine: str, suite: Suite, libraries: list[str], options: argparse.Namespace
+) -> dict[str, dict[str, Found]]:
+    """One library after the other; beside the peer's many compilations what else takes long."""
+    with ThreadPoolExecutor() as beside, tempfile.TemporaryDirectory() as cache:
+        compiled = [
+            beside.submit(_apart, engine, name, options, "--compile")
+            for name in ("ours", PEER)
+            if name in libraries
+        ]
+        for each in compiled:
+            each.result()
+        found = {name: _apart(engine, name, options) for name in libraries if name != PEER}
+        first = None
+        if suite.first_call:
+            first = beside.submit(_apart, engine, "ours", options, "--first-call", cache=cache)
+        if PEER in libraries:
+            found[PEER] = _apart(engine, PEER, options)
+        if first:
+            found["ours"] |= first.result()
+    return found
+
+
 def _apart(
     engine: str, library: str, options: Any, *more: str, cache: str = ""
 ) -> dict[str, Found]:
@@ -124,7 +180,7 @@ def _apart(
     command = [sys.executable, "-m", "benchmarks", "gpu", "--only", engine, "--library", library]
     result = subprocess.run(
         ["timeout", str(PATIENCE), *command, "--rows", options.rows, *more],
-        cwd=options.peer if library == "fla-core" else ROOT,  # comes first among the paths
+        cwd=options.peer if library == PEER else ROOT,  # comes first among the paths
         env={**os.environ, "PYTHONPATH": str(ROOT)}
         | ({"TRITON_CACHE_DIR": cache} if cache else {}),
         stdout=subprocess.PIPE,

@@ -172,7 +172,7 @@ def measure(row: Row, library: str) -> Found:
     do = inputs.pop("do")
     frozen = library == "flex" and row.gate is not None  # as constants its gates have no gradients
     cotangent = None if row.decoding or frozen else do
-    with suite.stages(library), _context(row, library):
+    with _context(row, library):
         results = suite.results(call, inputs, cotangent)
         few = {name: _few_heads(row, x) for name, x in results.items()}
         exact = in_fp64(row, {name: _few_heads(row, x) for name, x in {**inputs, "do": do}.items()})
@@ -301,7 +301,10 @@ def remarks(rows: list[Found]) -> Iterator[str]:
 SUITE = Suite(
     "softmax_gpu",
     ROWS,
-    {name: functools.partial(measure, library=name) for name in CALLS},
+    {
+        **{name: functools.partial(measure, library=name) for name in CALLS},
+        "triton": suite.in_triton(functools.partial(measure, library="triton")),
+    },
     host,
     first_call,
     remarks,

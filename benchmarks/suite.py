@@ -6,7 +6,6 @@ that ``fla-core``, another package called ``fla``, can stand beside this one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -41,7 +40,8 @@ class Suite:
     else is worth keeping; nothing where the library has no such call.  ``ours`` is this package as
     it is, ``triton`` the same without its kernels for Hopper.  ``host`` runs in ``ours``
     and ``fla-core``; ``first_call`` in ``ours``, where no kernel is compiled yet.  ``remarks`` says
-    in words what the rows, each with the findings of all libraries, show together.
+    in words what the rows, each with the findings of all libraries, show together.  ``settle``
+    gives rows what they are to reach where that follows from what was found in ``ours``.
     """
 
     name: str  # of the file in results
@@ -50,18 +50,19 @@ class Suite:
     host: Callable[[], Found] | None = None
     first_call: Callable[[], Found] | None = None
     remarks: Callable[[list[Found]], Iterator[str]] = lambda rows: iter(())
+    settle: Callable[[list[Any], dict[str, Found]], list[Any]] = lambda rows, found: rows
 
 
-@contextlib.contextmanager
-def stages(library: str) -> Iterator[None]:
-    """Inside, the library ``triton`` is ours without its kernels for Hopper."""
-    if library != "triton":
-        yield
-        return
-    from fla.ops.common.dispatch import use
+def in_triton(measure: Callable[[Any], Found]) -> Callable[[Any], Found]:
+    """``measure`` without this package's kernels for Hopper, to stand beside what has them."""
 
-    with use("triton"):
-        yield
+    def measure_in_triton(row: Any) -> Found:
+        from fla.ops.common.dispatch import use
+
+        with use("triton"):
+            return measure(row)
+
+    return measure_in_triton
 
 
 def times(call: Call, inputs: Found, do: Tensor | None = None) -> Found:

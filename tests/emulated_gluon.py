@@ -435,6 +435,7 @@ def _modules() -> dict[str, Any]:
         allocate_shared_memory=allocate_shared_memory,
         warp_specialize=warp_specialize,
         shared_memory_descriptor=Shared,
+        tensor=Value,
         **dict.fromkeys(_LAYOUTS, _layout),
     )
     barriers = types.SimpleNamespace(

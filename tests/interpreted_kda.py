@@ -105,7 +105,7 @@ def test_fp16():
 def test_segments_are_joined():
     from fla.ops.kda import triton as kernels
 
-    with mock.patch.multiple(kernels, FILLS_CHIP=6, SHORTEST_SEGMENT=1):
+    with mock.patch.multiple(kernels, FILLS_CHIP=6, SHORTEST_SEGMENT=1, FEWEST_SEGMENTS=2):
         agree(*operands(170, 16, 24), bound=FP32)
         agree(*operands(150, 16, 24, lengths=(0, 100, 50, 0), gate="mixed"), bound=FP32)
 

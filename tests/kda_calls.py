@@ -6,6 +6,7 @@ numbers a few small ones.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from fla.testing.compare import named_results
 _HEADS = ((64, 64), (128, 128), (256, 512), (20, 33), (96, 130))
 _DENSE, _PACKED = (200,), (0, 130, 0, 257, 1, 0)
 _FEW, _FEW_PACKED = (3,), (0, 3, 1, 0)
+_HOPPER_VARIANTS = ("state", "raw, lower bound, state", "v first", "plain", "growth")
+_HOPPER_LENGTHS = ((1,), (63,), (64,), (65,), (500,), _PACKED, (0, 0, 64, 128, 64))
+_HOPPER_SIZES = ((128, 128), (64, 64), (64, 128), (128, 64), (128, 256))
 
 
 class Launch(NamedTuple):
@@ -47,7 +51,9 @@ class Launch(NamedTuple):
         """Inside, long sequences fall into segments, or none does."""
         from fla.ops.kda import triton as kernels
 
-        few = {"FILLS_CHIP": 1 << 20, "SHORTEST_SEGMENT": 1} if self.segments else {"FILLS_CHIP": 1}
+        few = {"FILLS_CHIP": 1}
+        if self.segments:
+            few = {"FILLS_CHIP": 1 << 20, "SHORTEST_SEGMENT": 1, "FEWEST_SEGMENTS": 2}
         return mock.patch.multiple(kernels, **few)
 
 
@@ -94,6 +100,45 @@ def small() -> Iterator[Launch]:
         yield Launch("fused_recurrent_kda", dtype, 64, 64, "state", _FEW_PACKED)
         yield Launch("fused_recurrent_kda_fwd", dtype, 64, 64, "state", _FEW)
         yield Launch("fused_kda_gate", dtype, 64, 64, "softplus", _FEW)
+
+
+class HopperCase(NamedTuple):
+    """A call whose scans run on Hopper, in one or two partitions, in segments or whole."""
+
+    variant: str
+    lengths: tuple[int, ...]
+    K: int
+    V: int
+    segments: bool
+    partitions: int
+
+    @property
+    def spec(self) -> OpSpec:
+        return spec_named("chunk_kda")
+
+    @property
+    def shape(self) -> Shape:
+        return shape_of(self.lengths, K=self.K, V=self.V, group=2)
+
+    @contextlib.contextmanager
+    def as_told(self, scan):
+        """Inside, ``scan``, the module, and what divides sequences do so."""
+        with (
+            Launch.as_told(self),
+            mock.patch.object(
+                scan, "multiprocessors", lambda _: 0 if self.partitions == 2 else 1 << 20
+            ),
+        ):
+            yield
+
+
+def hopper_cases() -> Iterator[HopperCase]:
+    """Every second pair of a variant and a length, with sizes of heads in turn."""
+    for i, lengths in enumerate(_HOPPER_LENGTHS):
+        for j, variant in enumerate(_HOPPER_VARIANTS):
+            if (i + j) % 2 == 0:
+                sizes = _HOPPER_SIZES[(i + 3 * j) % len(_HOPPER_SIZES)]
+                yield HopperCase(variant, lengths, *sizes, (i + j) % 4 == 0, 1 + j % 2)
 
 
 def main(part: int | None = None, parts: int = 1) -> None:

@@ -26,7 +26,7 @@ TABLES = {
 INTERPRETED = """
 import json, torch
 from unittest import mock
-from fla.ops.attn import engine
+from fla.ops.attn import attn_decoding_one_step, engine, parallel_attn
 from fla.testing import Shape, all_specs
 from fla.testing.compare import measure
 
@@ -43,6 +43,19 @@ with mock.patch.object(engine, "lacks_triton", lambda device, dtype: None):
                 shape, dtype = shapes[i % 3]
                 found = measure(spec, shape, variant, dtype)
                 print(json.dumps([spec.name, variant, str(shape), found]))
+
+    # growth has a bound as decay has: beyond it nothing changes, and nothing overflows
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 140, 1, 16)
+    results = []
+    for growth in (1e7, 1e30, torch.inf):
+        g = torch.full((1, 140, 1), -0.1).index_fill(1, torch.tensor([70]), growth)
+        inputs = [x.clone().requires_grad_() for x in (q, k, v, g)]
+        o = parallel_attn(*inputs)
+        decoded = attn_decoding_one_step(q[:, -1:], k, v, g)
+        results.append([o, decoded, *torch.autograd.grad(o.square().sum(), inputs)])
+    for more in results[1:]:
+        assert all(x.isfinite().all() and torch.equal(x, y) for x, y in zip(more, results[0]))
 """
 
 

@@ -7,10 +7,12 @@ from itertools import accumulate
 
 import pytest
 import torch
+import triton.testing
 
-from benchmarks import cpu, gpu, kda_gpu, softmax_gpu, suite
+from benchmarks import cpu, gpu, kda_gpu, linear_gpu, softmax_gpu, suite
 from benchmarks.cpu import Case, Row
 from fla.ops.attn import attn_decoding_one_step, parallel_attn
+from fla.ops.common import dispatch
 
 MEGABYTES = 2**20
 KNOWN = {"seconds": 1.0, "bytes": 2e9, "calls": 3, "others": 0.0}
@@ -144,6 +146,57 @@ def test_the_delta_rows_are_compared_with_the_textbook(more):
     )
     errors = suite.errors(few, kda_gpu.in_fp64(row, given))
     assert len(errors) == len(found) and max(errors.values()) < 1e-11
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"gate": True, "state": True, "B": 2},
+        {"gate": True, "lengths": (30, 1, 69)},
+        {"operator": "chunk_lightning_attn"},
+        {"operator": "fused_chunk_linear_attn", "normalize": True},
+        {"operator": "parallel_simple_gla", "gate": True},
+    ],
+    ids=str,
+)
+def test_the_linear_rows_are_compared_with_the_textbook(more):
+    row = linear_gpu.Row("", (None, None), **{"T": 100, "H": 4, "K": 8, "V": 16, **more})
+    inputs = {name: x.double() for name, x in row.inputs("cpu").items()}
+    do = inputs.pop("do")
+    found = suite.results(linear_gpu.fla(row, "cpu"), inputs, do)
+    errors = suite.errors(found, linear_gpu.in_fp64(row, {**inputs, "do": do}))
+    assert len(errors) == len(found) and max(errors.values()) < 1e-11
+
+
+def test_linear_rows_are_to_take_so_long_a_byte():
+    rows = {row.name: row for row in linear_gpu.ROWS}
+    found = {linear_gpu.ROWS[0].name: {"forward": 0.2, "backward": 0.8}}
+    settled = {row.name: row.first for row in linear_gpu.settle(list(rows.values()), found)}
+    assert settled["… packed"] == (0.2, 0.8)
+    assert settled["… D64"] == pytest.approx((0.115, 0.46))
+    for name, row in rows.items():
+        assert row.a_byte or settled[name] == row.first
+    assert linear_gpu.settle(list(rows.values()), {}) == list(rows.values())
+
+
+def test_triton_stands_beside_what_has_kernels_for_hopper():
+    assert suite.in_triton(lambda row: [row, *dispatch._forced])(1) == [1, "triton"]
+    assert not dispatch._forced
+
+
+def test_kernels_are_compiled_side_by_side(tmp_path):
+    """Each call once, the failing ones too, and nothing is repeated to be timed."""
+
+    def measure(row):
+        (tmp_path / row.name).write_text(str(triton.testing.do_bench(lambda: None)))
+        raise RuntimeError
+
+    rows = [suite.Row(str(i), (None, None)) for i in range(5)]
+    some = suite.Suite("some", rows, {"ours": measure})
+    gpu._compile(some, [("ours", row) for row in rows])
+    assert {each.name: each.read_text() for each in tmp_path.iterdir()} == dict.fromkeys(
+        "01234", "0.0"
+    )
 
 
 def test_wrong_results_are_not_timed():

@@ -121,8 +121,19 @@ def test_flags(spec, variant):
     good = spec.arguments(Shape(T=6), variant)
     message = "output_final_state: expected True or False, got str"
     refuses(spec, {**good, "output_final_state": "yes"}, TypeError, message)
-    message = "output_final_state: expected True or False, got 2"
-    refuses(spec, {**good, "output_final_state": 2}, ValueError, message)
+
+
+def test_flags_by_place():
+    """What means True is True, whatever stands for it; anything else is refused."""
+    q = torch.zeros(1, 6, 2, 4)
+    for given in (True, 1, numpy.True_):
+        assert ops.chunk_simple_gla(q, q, q, None, None, None, None, given)[1] is not None
+        assert ops.chunk_simple_gla(q, q, q, output_final_state=given)[1] is not None
+    for given in (False, 0, numpy.False_):
+        assert ops.chunk_simple_gla(q, q, q, None, None, None, None, given)[1] is None
+    for given in ("yes", None, numpy.ones(1), torch.ones(())):
+        with pytest.raises(TypeError, match="output_final_state: expected True or False, got "):
+            ops.chunk_simple_gla(q, q, q, None, None, None, None, given)
 
 
 @every(lambda spec: spec.packed and spec.along_tokens)
@@ -160,11 +171,6 @@ def test_boundaries(spec, variant):
 @pytest.fixture
 def qkv():
     return dict(zip("qkv", torch.randn(3, 2, 6, 2, 4), strict=True))
-
-
-def test_flags_by_position(qkv):
-    with pytest.raises(TypeError, match="output_final_state: expected True or False, got str"):
-        ops.chunk_linear_attn(*qkv.values(), None, None, "yes")
 
 
 def test_gates_exclude_each_other(qkv):

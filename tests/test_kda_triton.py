@@ -67,7 +67,7 @@ def test_every_launch_compiles_for_hopper(dtype, K, V):
         kernels.forward(*packed)
         kernels.backward(do, dstate, *arguments)
         kernels.backward(do, dstate, *arguments, kernels.kept(*arguments[:3:2], None, arguments[9]))
-        with mock.patch.multiple(kernels, FILLS_CHIP=32, SHORTEST_SEGMENT=1):
+        with mock.patch.multiple(kernels, FILLS_CHIP=32, SHORTEST_SEGMENT=1, FEWEST_SEGMENTS=2):
             kernels.forward(*arguments)
         for given in (arguments, packed):
             kernels.forward(*given[:9], given[9]._replace(chunk_size=0))

@@ -137,9 +137,9 @@ def test_a_later_token_changes_no_bit_before_it(gate, at, dtype):
         assert torch.equal(chunk_kda(*arguments)[0][:, :at], before[:, :at])
 
 
-@pytest.mark.parametrize("T,at", [(300, 130), (300, 1), (1100, 1024)])
+@pytest.mark.parametrize("T,at", [(300, 130), (300, 1), (2100, 1024)])
 def test_split_with_a_state_against_whole(T, at):
-    """A single head in 1100 tokens falls into segments."""
+    """A single head in 2100 tokens falls into segments."""
     q, k, v, g, beta, do = operands(T, H=1, gate="mixed", dtype=torch.float32)
     leaves = [x.requires_grad_() for x in (q, k, v, g, beta)]
     o, final = chunk_kda(*leaves, output_final_state=True)
@@ -197,13 +197,13 @@ def test_nothing_is_copied_to_the_host_and_nothing_compiled_again():
         fused_kda_gate(arguments[3], lower_bound=-5.0)
 
     packings = [torch.tensor([0, at, 333], device="cuda") for at in range(0, 333, 20)]
-    for T in (640, 1100):  # the longer one in segments
+    for T in (640, 4200):  # the longer one in segments
         calls(T)
         calls(T, packings[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
         with compilations() as found:
-            for T in (1, 15, 16, 17, 64, 333, 1024, *range(100, 1100, 100)):
+            for T in (1, 15, 16, 17, 64, 333, 1024, *range(100, 1100, 100), 4300, 5000):
                 calls(T)
             for bounds in packings:
                 calls(333, bounds)

@@ -28,7 +28,8 @@ SPAN = tl.constexpr(128)
 LOG2E = tl.constexpr(math.log2(math.e))
 # The least finite number: what the largest of no logits is
 LEAST = tl.constexpr(-3.4028234663852886e38)
-# A token with this gate forgets all before it; beside anything steeper a sum would lose its digits.
+# A token with this gate forgets all before it, and with its negative sees nothing else; beside
+# anything steeper a sum would lose its digits.
 STEEPEST_GATE = tl.constexpr(-1e7)
 # How many blocks or boundaries a program looks at together when it searches among them
 SEARCH = tl.constexpr(128)
@@ -312,7 +313,7 @@ def gates_kernel(
     row = bos.to(tl.int64) + i_b * SPAN
     p_g = g + row * (H * G) + i_h * G + o_t[:, None] * (H * G) + o_g[None, :]
     b_g = tl.load(p_g, mask=m, other=0.0).to(tl.float32)  # [SPAN, BG]
-    b_g = tl.where(m, tl.maximum(b_g, STEEPEST_GATE), 0.0).to(tl.float64) * LOG2E
+    b_g = tl.where(m, tl.clamp(b_g, STEEPEST_GATE, -STEEPEST_GATE), 0.0).to(tl.float64) * LOG2E
     b_sum = tl.cumsum(b_g, 0)
     b_total = tl.sum(b_g, 0)  # [BG]
     b_since = b_sum.to(tl.float32)

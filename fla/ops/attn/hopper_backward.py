@@ -48,14 +48,13 @@ SHORTEST = 4096
 FEWEST = 512
 HEAD = 128
 # A step is 64 queries of a head that meet 128 keys: dk, dv, and the logits and their gradients of
-# 64 keys fill a consumer's registers, two steps of q, do and what goes to dq nearly all of the
-# shared memory that k and v leave.
+# 64 keys fill a consumer's registers, three steps of q and do nearly all that k and v leave.
 ROWS = gl.constexpr(64)
 KEYS = gl.constexpr(128)
-STAGES = gl.constexpr(2)
+STAGES = gl.constexpr(3)
 # Of dS a step is written while the one before it is read
 DS_STAGES = gl.constexpr(2)
-DQ_STAGES = gl.constexpr(2)
+DQ_STAGES = gl.constexpr(1)
 # How many steps the turns may be known ahead
 TURNS = gl.constexpr(4)
 # Elements of dq that a warp moves at once

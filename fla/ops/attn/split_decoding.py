@@ -125,7 +125,7 @@ def split_kernel(
                 mask=(m_j & (o_j + 1 < end))[None, :] & m_g[:, None],
                 other=0.0,
             )
-            b_g = tl.maximum(b_g.to(tl.float32), STEEPEST_GATE) * gate_scale
+            b_g = tl.clamp(b_g.to(tl.float32), STEEPEST_GATE, -STEEPEST_GATE) * gate_scale
             b_s += tl.cumsum(b_g, 1, reverse=True) + b_total[:, None]
             b_total += tl.sum(b_g, 1)
         b_s = tl.where(m_j[None, :], b_s, float("-inf"))

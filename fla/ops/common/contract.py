@@ -30,7 +30,7 @@ def public(function: Function) -> Function:
     """Make an unknown keyword, or a flag that is no flag, a TypeError that says what is meant."""
     parameters = inspect.signature(function).parameters
     flags = {name: isinstance(each.default, bool) for name, each in parameters.items()}
-    positions = [(i, name) for i, name in enumerate(flags) if flags[name]]
+    places = [(i, name) for i, (name, is_flag) in enumerate(flags.items()) if is_flag]
 
     @functools.wraps(function)
     def face(*args, **kwargs):
@@ -38,22 +38,24 @@ def public(function: Function) -> Function:
             if name not in flags:
                 hint = f": {_HINTS[name]}" if name in _HINTS else ""
                 raise TypeError(f"{name}: {function.__qualname__} has no such argument{hint}")
-            if flags[name]:
-                flag(name, value)
-        for i, name in positions:
+            if flags[name] and not isinstance(value, bool):
+                kwargs[name] = _flag(name, value)
+        for i, name in places:
             if i >= len(args):
                 break
-            flag(name, args[i])
+            if not isinstance(args[i], bool):
+                args = (*args[:i], _flag(name, args[i]), *args[i + 1 :])
         return function(*args, **kwargs)
 
     return face  # type: ignore[return-value]
 
 
-def flag(name: str, value: Any) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
-    if value not in (0, 1):
-        raise ValueError(f"{name}: expected True or False, got {value}")
+def _flag(name: str, value: Any) -> bool:
+    """True or False from what means it: a whole number, or NumPy's own."""
+    kind = type(value)
+    if isinstance(value, int) or (kind.__module__ == "numpy" and kind.__name__[:4] == "bool"):
+        return bool(value)
+    raise TypeError(f"{name}: expected True or False, got {kind.__name__}")
 
 
 def operands(

@@ -14,6 +14,7 @@ HOPPER_TRITON: dict[str, tuple[str, ...]] = {
     "softmax forward": ("3.6",),
     "softmax backward": ("3.6",),
     "linear walk": ("3.6",),
+    "delta scans": (),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
-from fla.ops.common.device import accumulator, lacks_triton
+from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
 from fla.ops.common.sequences import Sequences
 from fla.ops.kda.gate import bound, gate_parameters
@@ -46,8 +46,23 @@ def _lacks_triton(at: Problem) -> str | None:
     return reason
 
 
+def _lacks_hopper(at: Problem) -> str | None:
+    reason = _lacks_triton(at) or lacks_hopper(at.device, at.dtype, "delta scans")
+    if reason is not None:
+        return reason
+    if at.dtype != torch.bfloat16:
+        return f"takes bf16, not {at.dtype}: decayed operands leave its range"
+    if at.K not in (64, 128) or at.V % 64:
+        return f"takes K of 64 and 128 and V in steps of 64, not {at.K} and {at.V}"
+    if at.options is not None and not at.options.chunk_size:
+        return "takes chunks, not the recurrent form"
+    return None
+
+
 ENGINE = Engine(
     "delta",
+    # the scans of long calls; the rest it hands on
+    Implementation("hopper", "fla.ops.kda.hopper", _lacks_hopper),
     Implementation("triton", "fla.ops.kda.triton", _lacks_triton),
     Implementation("eager", "fla.ops.kda.eager"),
 )

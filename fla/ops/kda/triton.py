@@ -50,6 +50,8 @@ GRADIENTS = Launch(64, 4)
 FILLS_CHIP = 132
 # Chunks below which a segment's summary costs more than it saves.
 SHORTEST_SEGMENT = 16
+# In fewer segments, summaries and runs take as long as one run of all chunks.
+FEWEST_SEGMENTS = 4
 
 
 def chunk(BK: int, dtype: torch.dtype) -> int:
@@ -63,12 +65,14 @@ def pipeline(BK: int, dtype: torch.dtype) -> int:
     return 3 if width <= 256 else 2 if width <= 512 else 1
 
 
-def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options):
+def forward(
+    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, made_by=None
+):  # fmt: skip
     """Return o [B, T, HV, V], the final state, the states before the chunks, and M and Y."""
     if not options.chunk_size:
         operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
         return recurrent.forward(*operands, options)
-    call = _Call(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options)
+    call = (made_by or Call)(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options)
     o = torch.empty_like(call.v)
     final = call.new_state() if options.output_final_state else None
     h = call.new_intermediate() if options.intermediate_states else None
@@ -90,10 +94,11 @@ def kept(q, v, cu_seqlens, options):
 
 
 def backward(
-    do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, pairs=None
-):
+    do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, pairs=None,
+    made_by=None,
+):  # fmt: skip
     """Return the gradients of all that has one; ``pairs`` is what the forward pass kept."""
-    call = _Call(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options)
+    call = (made_by or Call)(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options)
     dinitial = None if initial_state is None else initial_state.new_empty(initial_state.shape)
     if call.empty:
         if dinitial is not None:
@@ -130,7 +135,7 @@ def _pairs(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options) -> Tensor:
     return q.new_empty(2, slots, v.shape[2], C, C, dtype=dtype)
 
 
-class _Call:
+class Call:
     """One call's operands, its workspaces and the launches over them.
 
     Workspaces are padded: [slots, HV, C, BK], so that scans read whole tiles without masks.  They
@@ -166,6 +171,9 @@ class _Call:
     def workspace(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.q.new_empty(self.slots, self.HV, *shape, dtype=dtype or self.dtype)
 
+    def workspaces(self, count: int, *shape: int) -> Tensor:
+        return self.q.new_empty(count, self.slots, self.HV, *shape, dtype=self.dtype)
+
     def new_state(self) -> Tensor:
         tail = (self.V, self.K) if self.options.state_v_first else (self.K, self.V)
         return self.q.new_empty(self.N, self.HV, *tail, dtype=torch.float32)
@@ -187,9 +195,11 @@ class _Call:
     def intra(self, pairs: Tensor, made: bool) -> None:
         """What the scans read of each chunk; M and Y, ``pairs``, unless they are ``made``."""
         C, BK = self.C, self.BK
-        self.q_in, self.k_in, self.k_out = (self.workspace(C, BK) for _ in range(3))
+        self.operands = self.workspaces(3, C, BK)
+        self.q_in, self.k_in, self.k_out = self.operands.unbind(0)
         self.decay = self.workspace(BK, dtype=torch.float32)
         self.betas = self.workspace(C, dtype=torch.float32)
+        self.pairs = pairs
         self.queries, self.solver = pairs.unbind(0)
         self.factors = self.workspace(2, C, dtype=torch.float32)
         self.near = self.workspace(C // 16, dtype=torch.int32)
@@ -238,11 +248,11 @@ class _Call:
         """Tokens of a segment, where ``programs`` would run without segments.
 
         So many that runs of all segments fill the chip, but not so few that a summary, which costs
-        more than a run, does not pay; longer than any sequence where one segment is enough.
+        two runs, does not pay; longer than any sequence where one segment is enough.
         """
         chunks = cdiv(self.T, self.C)
         pieces = min(FILLS_CHIP // max(programs, 1), chunks // SHORTEST_SEGMENT)
-        return self.C * (cdiv(chunks, pieces) if pieces > 1 else chunks + 1)
+        return self.C * (cdiv(chunks, pieces) if pieces >= FEWEST_SEGMENTS else chunks + 1)
 
     def _operands(self):
         return (
@@ -271,71 +281,81 @@ class _Call:
         )  # fmt: skip
 
     def advance(self, o, state, final, h) -> None:
-        BV, VP = self.scan.block, cdiv(self.V, 64) * 64
-        segment = self._segment(self.N * self.HV * (VP // BV))
-        _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
+        VP = cdiv(self.V, 64) * 64
+        segment = self._segment(self.N * self.HV * (VP // self.scan.block))
         strides, nowhere = self.strides(state), (0, 0, 0, 0)
-
-        def run(state, strides, o, h, final, final_strides, columns):
-            launch(
-                advance_kernel,
-                segments * self.HV * (columns // BV),
-                (self.v, *self._operands(), state, o, h, None, final),
-                (segment, self.T, self.rows),
-                {
-                    **self._sizes(), "state_strides": strides,
-                    "states_strides": nowhere if h is None else self.strides(h[0]),
-                    "final_strides": final_strides, **self.common, "BV": BV, "VP": VP,
-                    "COLUMNS": columns, "SUMMARISE": columns > VP,
-                    "EVERY": 0 if h is None else self.options.chunk_size // self.C,
-                    "num_warps": self.scan.warps, "num_stages": self.stages,
-                },
-            )  # fmt: skip
-
         if segment <= self.T:
+            _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
             summaries, inner = self._summaries(segments, VP)
-            run(None, nowhere, None, None, summaries, inner, VP + self.BK)
+            self.run_advance(segment, VP + self.BK, None, nowhere, None, None, summaries, inner)
             self._join(summaries, VP, state, segment, reverse=False)
             state, strides = summaries, inner
-        run(state, strides, o, h, final, self.strides(final), VP)
+        self.run_advance(segment, VP, state, strides, o, h, final, self.strides(final))
+
+    def run_advance(self, segment, columns, state, strides, o, h, final, final_strides) -> None:
+        """All segments at once; with more columns than there are value channels, summaries."""
+        BV, VP = self.scan.block, cdiv(self.V, 64) * 64
+        _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
+        launch(
+            advance_kernel,
+            segments * self.HV * (columns // BV),
+            (self.v, *self._operands(), state, o, h, None, final),
+            (segment, self.T, self.rows),
+            {
+                **self._sizes(), "state_strides": strides,
+                "states_strides": (0, 0, 0, 0) if h is None else self.strides(h[0]),
+                "final_strides": final_strides, **self.common, "BV": BV, "VP": VP,
+                "COLUMNS": columns, "SUMMARISE": columns > VP,
+                "EVERY": 0 if h is None else self.options.chunk_size // self.C,
+                "num_warps": self.scan.warps, "num_stages": self.stages,
+            },
+        )  # fmt: skip
 
     def scans(self, do, state, dstate, dinitial) -> None:
         VP = cdiv(self.V, 64) * 64
-        whole = self.C == 64 and self.BK == VP == SCANS.block
-        BV, warps, stages = SCANS if whole else self.scan._replace(stages=self.stages)
-        segment = self._segment(2 * self.N * self.HV * (VP // BV))
-        _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
-        self.values, self.solved = (self.workspace(self.C, VP) for _ in range(2))
-        self.states, self.dstates = (self.workspace(VP, self.BK) for _ in range(2))
-        tile, nowhere = (self.HV * VP * self.BK, VP * self.BK, self.BK, 1), (0, 0, 0, 0)
-
-        def run(forward, strides, backward, dstrides, columns):
-            """``forward`` is the state, the states to write, w and the last state, and so on."""
-            launch(
-                scans_kernel,
-                2 * segments * self.HV * (columns // BV),
-                (self.v, do, *self._operands(), *forward, *backward),
-                (segment, self.T, self.rows),
-                {
-                    **self._sizes(), "state_strides": strides[0], "states_strides": tile,
-                    "final_strides": strides[1], "dstate_strides": dstrides[0],
-                    "dfinal_strides": dstrides[1], **self.common, "BV": BV, "VP": VP,
-                    "COLUMNS": columns, "SUMMARISE": columns > VP,
-                    "num_warps": warps, "num_stages": stages,
-                },
-            )  # fmt: skip
-
-        strides, dstrides = self.strides(state), self.strides(dstate)
+        segment = self._segment(2 * self.N * self.HV * (VP // self._scans(VP).block))
+        self.both_values = self.workspaces(2, self.C, VP)
+        self.both_states = self.workspaces(2, VP, self.BK)
+        self.values, self.solved = self.both_values.unbind(0)
+        self.states, self.dstates = self.both_states.unbind(0)
+        strides, dstrides, nowhere = self.strides(state), self.strides(dstate), (0, 0, 0, 0)
         if segment <= self.T:
+            _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
             (ahead, inner), (back, _) = (self._summaries(segments, VP) for _ in range(2))
             starts = nowhere, inner
-            run((None,) * 3 + (ahead,), starts, (None,) * 3 + (back,), starts, VP + self.BK)
+            summary, dsummary = (None, None, None, ahead), (None, None, None, back)
+            self.run_scans(segment, VP + self.BK, do, summary, starts, dsummary, starts)
             self._join(ahead, VP, state, segment, reverse=False)
             self._join(back, VP, dstate, segment, reverse=True)
             state, strides, dstate, dstrides = ahead, inner, back, inner
-        run(
+        self.run_scans(
+            segment, VP, do,
             (state, self.states, self.values, None), (strides, nowhere),
-            (dstate, self.dstates, self.solved, dinitial), (dstrides, self.strides(dinitial)), VP,
+            (dstate, self.dstates, self.solved, dinitial), (dstrides, self.strides(dinitial)),
+        )  # fmt: skip
+
+    def _scans(self, VP: int) -> Launch:
+        whole = self.C == 64 and self.BK == VP == SCANS.block
+        return SCANS if whole else self.scan._replace(stages=self.stages)
+
+    def run_scans(self, segment, columns, do, forward, strides, backward, dstrides) -> None:
+        """``forward`` is the state, the states to write, w and the last state, and so on."""
+        VP = cdiv(self.V, 64) * 64
+        BV, warps, stages = self._scans(VP)
+        _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
+        tile = self.HV * VP * self.BK, VP * self.BK, self.BK, 1
+        launch(
+            scans_kernel,
+            2 * segments * self.HV * (columns // BV),
+            (self.v, do, *self._operands(), *forward, *backward),
+            (segment, self.T, self.rows),
+            {
+                **self._sizes(), "state_strides": strides[0], "states_strides": tile,
+                "final_strides": strides[1], "dstate_strides": dstrides[0],
+                "dfinal_strides": dstrides[1], **self.common, "BV": BV, "VP": VP,
+                "COLUMNS": columns, "SUMMARISE": columns > VP,
+                "num_warps": warps, "num_stages": stages,
+            },
         )  # fmt: skip
 
     def gradients(self, do):
@@ -371,7 +391,7 @@ class _Call:
                 "BV": 64, "num_warps": THROUGH.warps * C // 64, "num_stages": THROUGH.stages,
             },
         )  # fmt: skip
-        del self.values, self.solved, self.states, self.dstates
+        del self.values, self.solved, self.states, self.dstates, self.both_values, self.both_states
         dA_log = ddt_bias = None
         blocks = self.BK // GRADIENTS.block
         if self.A_log is not None:
