@@ -105,7 +105,6 @@ for i, (variant, lengths) in enumerate(calls):
 
 # Tokens of a second sequence, and behind the last one, that nobody may look at
 torch.manual_seed(0)
-q, k, v = torch.randn(3, 1, 500, 1, 64)
 boundaries = torch.tensor([0, 70, 250, 410])
 for g in (None, -torch.rand(1, 500, 1)):
     q, k, v = torch.randn(3, 1, 500, 1, 64)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from inspect import signature
+from unittest import mock
 
 import numpy
 import pytest
@@ -10,6 +12,7 @@ import torch
 from shapes import variants
 
 from fla import ops
+from fla.ops.common.boundary import Operator
 from fla.ops.linear_attn.utils import normalize_with_z_state
 from fla.testing import Shape
 
@@ -83,6 +86,22 @@ def test_scales(spec, variant):
     good = spec.arguments(Shape(T=6), variant)
     for scale, kind in (("1", "str"), (torch.tensor(1.0), "Tensor")):
         refuses(spec, {**good, "scale": scale}, TypeError, f"scale: expected a number, got {kind}")
+
+
+@pytest.mark.parametrize("kind", [int, numpy.float32])
+@every(lambda spec: "lightning" not in spec.name)
+def test_kernels_get_numbers_of_one_type(spec, variant, kind):
+    """Triton would compile for each type anew, and for an int that is 1 as if it was always 1."""
+    numbers = {"scale": kind(3), "lower_bound": kind(-4), "window_size": numpy.int64(5)}
+    good = spec.arguments(Shape(T=6), variant)
+    given = {name: x for name, x in numbers.items() if name in signature(spec.run).parameters}
+    call, seen = Operator.__call__, []
+    record = lambda self, *arguments: seen.extend(arguments) or call(self, *arguments)  # noqa: E731
+    with mock.patch.object(Operator, "__call__", record):
+        spec.run(**{**good, **given})
+    types = {type(x) for x in seen if not isinstance(x, torch.Tensor)}
+    assert types <= {float, int, bool, type(None), torch.dtype}
+    assert not any(type(x) is int and x in (3, -4) for x in seen)
 
 
 @every(lambda spec: spec.along_tokens)
@@ -220,8 +239,16 @@ def test_windows_and_bounds_are_numbers(qkv):
         ops.parallel_attn(**qkv, window_size=3.5)
     with pytest.raises(TypeError, match="lower_bound: expected a number, got str"):
         ops.fused_kda_gate(qkv["q"], lower_bound="low")
+    gated = {"safe_gate": True, "use_gate_in_kernel": True, "lower_bound": "low"}
+    with pytest.raises(TypeError, match="lower_bound: expected a number, got str"):
+        ops.chunk_kda(**qkv, g=qkv["q"], beta=qkv["q"][..., 0], **gated)
     with pytest.raises(TypeError, match="layer_idx: expected a number, got NoneType"):
         ops.chunk_lightning_attn(**qkv, layer_idx=None, num_layers=4)
+
+
+def test_a_state_beside_no_tensor(qkv):
+    with pytest.raises(TypeError, match="q: expected a tensor, got list"):
+        ops.chunk_kda([1.0], *[qkv["q"]] * 3, qkv["q"][..., 0], initial_state=qkv["q"])
 
 
 def test_gates():

@@ -10,7 +10,7 @@ from shapes import PACKED, of, variants
 from torch import Tensor
 
 from fla.testing import Shape
-from fla.testing.compare import measure, named_results, relative_error
+from fla.testing.compare import FP64_BOUND, measure, named_results, relative_error
 from fla.testing.spec import PER_SEQUENCE, one_sequence, spans
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -42,6 +42,16 @@ def test_output_and_gradients_in_lower_precision(spec, variant, dtype):
     if spec.packed:
         shape = Shape.packed(0, 5, 66, 0, H=8 // group, group=group)
         check(spec, shape, variant, dtype)
+
+
+@every(lambda spec: spec.name != "fused_kda_gate")
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(spec, variant, scale):
+    arguments = {**spec.arguments(Shape(T=70, V=16), variant), "scale": scale}
+    found = named_results(spec.outputs, arguments, spec.gradients)
+    expected = named_results(spec.expected, arguments, spec.gradients)
+    for name in expected:
+        assert relative_error(found[name], expected[name]) <= FP64_BOUND, name
 
 
 @pytest.mark.parametrize("factor", [1.5, torch.nan])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
 import torch._dynamo.testing
 from shapes import variants
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from fla import ops
@@ -103,6 +108,63 @@ def test_a_trace_holds_one_call_for_all_lengths(mode):
         traced = torch.jit.trace(run, (x,), check_trace=False)
         assert torch.equal(traced(x[:, :9]), run(x[:, :9]))
     assert "fla::linear_forward" in str(traced.graph)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor around another one, which operators have to take out first."""
+
+    calls: ClassVar[list[str]] = []
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments, keywords=None):
+        cls.calls.append(str(function))
+        arguments = tree_map_only(Wrapped, lambda x: x.inner, arguments)
+        return function(*arguments, **keywords or {})
+
+
+def test_a_wrapped_tensor_among_others():
+    x = torch.randn(1, 37, 2, 8)
+    Wrapped.calls.clear()
+    o = ops.chunk_simple_gla(x, x, Wrapped(x))[0]
+    assert Wrapped.calls == ["fla.linear_forward.default"]
+    assert torch.equal(o, ops.chunk_simple_gla(x, x, x)[0])
+
+
+@every()
+def test_a_graph_from_before_dispatch_holds_calls_too(spec, variant):
+    arguments = spec.arguments(SHAPE, variant, torch.float32)
+
+    def run(v):
+        return spec.outputs({**arguments, "v": v})
+
+    if "v" in arguments:
+        graph = make_fx(run, pre_dispatch=True)(arguments["v"])
+        assert "torch.ops.fla." in graph.code
+        assert torch.equal(graph(arguments["v"])[0], run(arguments["v"])[0])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+@every(lambda spec: "lightning" not in spec.name)
+def test_shapes_alone_want_no_device(spec, variant, device):
+    """Neither one that is there nor a word about what runs on it."""
+
+    def elsewhere(x):
+        return torch.empty(x.shape, dtype=x.dtype, device=device)
+
+    arguments = spec.arguments(SHAPE, variant, torch.float32)
+    expected = spec.outputs(arguments)
+    with contextlib.nullcontext() if device == "meta" else FakeTensorMode():
+        shapes = spec.outputs(tree_map_only(torch.Tensor, elsewhere, arguments))
+    assert [(x.shape, x.dtype) for x in shapes] == [(x.shape, x.dtype) for x in expected]
 
 
 @every()

@@ -72,13 +72,14 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
 
 
 def _torch_serves(q, v, g, cu_seqlens, options) -> bool:
-    """Whether PyTorch's own attention for the CPU computes this."""
+    """Whether PyTorch's own attention for the CPU computes this; it masks before it scales."""
     T, window = q.shape[1], options.window_size
     return (
         _on_host(q)
         and q.shape[-1] == v.shape[-1]
         and g is None
         and cu_seqlens is None
+        and options.scale > 0
         and (window is None or window >= T)
     )
 

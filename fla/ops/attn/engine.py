@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Iterable
 
 import torch
@@ -75,7 +74,7 @@ def softmax_engine(
         g=(g, "?B T HQ"),
         sink_bias=(sink_bias, "?HQ"),
     )
-    check(sizes, window_size)
+    window_size = check(sizes, window_size)
     contract.number_of_sequences(q, cu_seqlens)
     scale = contract.scale_or_default(scale, q.shape[-1])
     return _forward(q, k, v, g, sink_bias, cu_seqlens, scale, window_size)[0]
@@ -101,7 +100,7 @@ def decoding_engine(
         g=(g, "?1 T HQ"),
         sink_bias=(sink_bias, "?HQ"),
     )
-    check(sizes, window_size)
+    window_size = check(sizes, window_size)
     N = 1 if cu_seqlens is None else contract.number_of_sequences(q, cu_seqlens)
     if sizes["N"] != N:
         raise ValueError(f"q: expected one query for each of {N} sequences, got {sizes['N']}")
@@ -113,14 +112,15 @@ def decoding_engine(
     return _decoding(*tensors, cu_seqlens, scale, window_size, gate_scale)
 
 
-def check(sizes: dict[str, int], window_size: int | None) -> None:
-    """What both want of head sizes, heads and the window."""
+def check(sizes: dict[str, int], window_size: int | None) -> int | None:
+    """What both want of head sizes, heads and the window, which is returned."""
     contract.at_most(sizes, **HEAD_LIMITS)
     contract.divides(sizes, "HQ", "H")
     if window_size is not None:
-        contract.number("window_size", window_size, numbers.Integral)
+        window_size = contract.whole_number("window_size", window_size)
         if window_size < 0:
             raise ValueError(f"window_size: expected None or at least 0, got {window_size}")
+    return window_size
 
 
 def _nothing_to_see(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:

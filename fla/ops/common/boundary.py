@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+# What arguments are where nothing wraps tensors or stands for numbers
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.dtype}
 _library = torch.library.Library("fla", "FRAGMENT")
 
 
@@ -44,7 +46,7 @@ class Operator:
         self.recorded: Callable[..., Any] = self._dispatched  # where autograd listens
 
     def __call__(self, *args):
-        if _watched(args[0]):
+        if _watched(args):
             if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
                 raise RuntimeError(f"{self.name} has no forward-mode derivative")
             return self._dispatched(*args)
@@ -61,7 +63,7 @@ def _requires_grad(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.requires_grad
 
 
-def _watched(x: torch.Tensor) -> bool:
+def _watched(args: tuple[Any, ...]) -> bool:
     """Whether PyTorch may want to know of a call, beside autograd.
 
     Where nothing traces or transforms it, its way through the dispatcher would only cost: 8 µs,
@@ -71,10 +73,11 @@ def _watched(x: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or forward_ad._current_level >= 0
-        or type(x) not in (torch.Tensor, torch.nn.Parameter)
-        or x.is_meta
+        or not _PLAIN.issuperset(map(type, args))
+        or args[0].is_meta
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
 

@@ -180,24 +180,27 @@ def boundaries(
         raise ValueError("cu_seqlens_cpu: expected the values of cu_seqlens, got others")
 
 
-def number(name: str, value: Any, kind: type = numbers.Real) -> None:
-    """``kind`` is ``numbers.Real`` or ``numbers.Integral``."""
-    if not isinstance(value, kind):
-        expected = "a number" if kind is numbers.Real else "a whole number"
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+def number(name: str, value: Any) -> float:
+    """A number as a float: of an int, which may be 1, Triton would make a constant."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def whole_number(name: str, value: Any) -> int:
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
+    return int(value)
 
 
 def scale_or_default(scale: float | None, K: int) -> float:
     """The factor on scores, ``K ** -0.5`` by default."""
-    if scale is None:
-        return K**-0.5
-    number("scale", scale)
-    return scale
+    return K**-0.5 if scale is None else number("scale", scale)
 
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if isinstance(allowed[0], int):
-        number(name, value, numbers.Integral)
+        whole_number(name, value)
     if value not in allowed:
         listed = ", ".join(str(item) for item in allowed)
         raise ValueError(f"{name}: expected one of {listed}, got {value}")

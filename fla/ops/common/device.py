@@ -33,6 +33,8 @@ def triton_version() -> str | None:
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
+    if not torch.cuda.is_available():  # fake tensors are there alone, and ask for shapes
+        return MINIMUM_CAPABILITY
     return torch.cuda.get_device_capability(device)
 
 

@@ -66,7 +66,7 @@ class Engine:
             return self._named(_forced[-1], problem)
         for each in self.implementations:
             if each.refuses(problem) is None:
-                if each.name == "eager" and problem.device.type != "cpu":
+                if each.name == "eager" and problem.device.type not in ("cpu", "meta"):
                     self._warn(problem)
                 return each.stages
         raise RuntimeError(f"{self.name}: no implementation takes {problem}")

@@ -112,12 +112,12 @@ def product(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-# Triton's own cdiv and next_power_of_2 are made for kernels and slow on the host.
 def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Tensors as kernels take them, contiguous, and None for those that are not there."""
     return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
+# Triton's own cdiv and next_power_of_2 are made for kernels and slow on the host.
 def cdiv(x: int, y: int) -> int:
     return -(-x // y)
 

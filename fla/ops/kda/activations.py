@@ -23,21 +23,6 @@ def decay_of(exponent):
 
 
 @triton.jit
-def unit_factor(p, m, K, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ENABLED: tl.constexpr):
-    """1 / sqrt(Σx² + ε) of the rows that start at ``p``; 1 where norms are not asked for."""
-    b_factor = tl.full(m.shape, 1.0, tl.float32)
-    if ENABLED:
-        b_sum = tl.zeros(m.shape, tl.float32)
-        for block in range(BLOCKS):
-            o_k = block * BLOCK + tl.arange(0, BLOCK)
-            b_x = tl.load(p[:, None] + o_k[None, :], m[:, None] & (o_k < K)[None, :], 0)
-            b_x = b_x.to(tl.float32)  # [rows, BLOCK]
-            b_sum += tl.sum(b_x * b_x, 1)
-        b_factor = tl.rsqrt(b_sum + L2NORM_EPS)
-    return b_factor
-
-
-@triton.jit
 def softplus(x):
     """log(1 + exp(x)), right for small results too."""
     e = tl.exp2(-tl.abs(x) * LOG2E)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from fla.ops.common import contract
 from fla.ops.kda.engine import Options, delta_engine
+from fla.ops.kda.gate import bound
 
 
 @contract.public
@@ -130,7 +130,7 @@ def _check(
     chunk_size,
 ) -> None:
     """What only the chunked form asks for."""
-    contract.number("chunk_size", chunk_size, numbers.Integral)
+    contract.whole_number("chunk_size", chunk_size)
     if chunk_size not in (32, 64):
         raise ValueError(f"chunk_size: `chunk_size` must be either 32 or 64, got {chunk_size}")
     if cp_context is not None:
@@ -138,6 +138,7 @@ def _check(
             "cp_context: expected None, context parallelism is not offered yet, "
             f"got {type(cp_context).__name__}"
         )
+    lower_bound = bound(lower_bound)
     if safe_gate and use_gate_in_kernel and (lower_bound is None or not -5 <= lower_bound < 0):
         raise ValueError(f"lower_bound: expected [-5, 0) with safe_gate, got {lower_bound}")
     if return_intermediate_states:
@@ -150,7 +151,7 @@ def _check(
             raise ValueError(
                 "disable_recompute: expected False with return_intermediate_states, got True"
             )
-    if isinstance(initial_state, Tensor):
+    if isinstance(initial_state, Tensor) and isinstance(q, Tensor):
         wide = initial_state.dtype == q.dtype == torch.float64
         if initial_state.dtype != torch.float32 and not wide:
             raise TypeError(f"initial_state: expected torch.float32, got {initial_state.dtype}")

@@ -18,7 +18,7 @@ from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
 from fla.ops.common.sequences import Sequences
-from fla.ops.kda.gate import gate_parameters
+from fla.ops.kda.gate import bound, gate_parameters
 
 HEAD_LIMITS = {"K": 256, "V": 512}
 
@@ -226,8 +226,9 @@ def _tail(options: Options) -> str:
 
 
 def _scaled(options: Options, sizes: dict[str, int]) -> tuple:
-    scale, *others = options
-    return contract.scale_or_default(scale, sizes["K"]), *others
+    scale, chunk_size, qk_l2norm, gate, lower_bound, *others = options
+    scale = contract.scale_or_default(scale, sizes["K"])
+    return scale, chunk_size, qk_l2norm, gate, bound(lower_bound), *others
 
 
 def _known(h: Tensor, cu_seqlens, cu_seqlens_cpu, options: Options) -> Tensor:

@@ -37,6 +37,7 @@ def fused_kda_gate(
     """
     leading = [f"D{i}" for i in range(g.dim() - 2)] if isinstance(g, Tensor) else []
     sizes = contract.operands(g=(g, " ".join([*leading, "HV", "K"])))
+    lower_bound = bound(lower_bound)
     parameters = gate_parameters(sizes, A_log, dt_bias, lower_bound)
     contract.operands(sizes, ("g", g), **parameters)
     if output_dtype not in contract.FLOATS:
@@ -82,13 +83,16 @@ def gate_parameters(
     """A_log and dt_bias as ``contract.operands`` wants them: of any shape, so flat."""
     if A_log is None and lower_bound is None:
         raise ValueError("A_log: expected a tensor where no lower_bound is given, got None")
-    if lower_bound is not None:
-        contract.number("lower_bound", lower_bound)
     sizes["HV*K"] = sizes["HV"] * sizes["K"]
     A_log, dt_bias = (
         x.flatten() if isinstance(x, Tensor) and x.dim() != 1 else x for x in (A_log, dt_bias)
     )
     return {"A_log": (A_log, "?HV"), "dt_bias": (dt_bias, "?HV*K")}
+
+
+def bound(lower_bound: float | None) -> float | None:
+    """``lower_bound``, checked."""
+    return None if lower_bound is None else contract.number("lower_bound", lower_bound)
 
 
 class Gate:

@@ -144,14 +144,6 @@ def tile(rows):
 
 
 @triton.jit
-def rows_of(b_x):
-    """The rows of a ``tile``."""
-    N: tl.constexpr = b_x.shape[1] // TILE
-    BK: tl.constexpr = b_x.shape[0]
-    return parts(b_x.reshape([BK, N, TILE]).permute(1, 0, 2).reshape([N, BK, 2, 2, 2, 2]))
-
-
-@triton.jit
 def load_rows(p, stride, m, left, MASKED: tl.constexpr = True):
     """Tokens 0 to 15 of every block at ``p``, ``stride`` apart, as far as ``left`` goes."""
     rows = ()

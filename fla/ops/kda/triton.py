@@ -33,8 +33,7 @@ class Launch(NamedTuple):
     stages: int = 1
 
 
-# Tiles [32, 16] of two warps: products of warps, whose operands need no barrier of a warpgroup, in
-# a loop over channels short enough for the instruction cache.
+# Rows [4, BK], one token of each block of 16: a thread has all tokens of its channels.
 INTRA = Launch(128, 4)
 # Sᵀ [64, BK] is one warpgroup's accumulator; with V split in two, 64 heads fill the chip.
 SCAN = Launch(64, 4)
