@@ -36,6 +36,7 @@ SEQUENCES = "fla/ops/common/sequences.py"
 LINEAR = "fla/ops/simple_gla/eager.py"
 SOFTMAX = "fla/ops/attn/eager.py"
 DELTA = "fla/ops/kda/eager.py"
+DELTA_PAIRS = "fla/ops/kda/eager_pairs.py"
 KDA_TESTS = ("test_kda.py", "test_operators.py")
 ATTN_TESTS = ("test_attn.py", "test_operators.py")
 MODULE_TESTS = ("test_modules.py",)
@@ -143,14 +144,14 @@ MUTANTS = [
     ),
     Mutant(
         "keys decay to a boundary one block too early",
-        DELTA,
+        DELTA_PAIRS,
         "rest += after[..., -1:, :]",
         "rest += 0",
         KDA_TESTS,
     ),
     Mutant(
         "queries decay from a boundary one block too late",
-        DELTA,
+        DELTA_PAIRS,
         "after += before[..., -1:, :]",
         "after += 0",
         KDA_TESTS,
@@ -185,7 +186,7 @@ MUTANTS = [
     ),
     Mutant(
         "an overflow seen by earlier tokens",
-        DELTA,
+        DELTA_PAIRS,
         "return (lower @ x.nan_to_num(0, 0, 0)).add_(overflowed)",
         "return lower @ x",
         KDA_TESTS,

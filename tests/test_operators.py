@@ -111,7 +111,7 @@ def cut(arguments, start, stop):
 
 @every(lambda spec: spec.along_tokens)
 def test_a_later_token_never_changes_an_earlier_output(spec, variant):
-    """Bit for bit, whatever finite value comes later."""
+    """Bit for bit, whatever finite value comes later; its gate forgets."""
     for dtype in (torch.float32, torch.bfloat16):
         arguments = spec.arguments(Shape(T=150), variant, dtype)
         if arguments.get("reverse"):
