@@ -122,7 +122,7 @@ def fla(row: Row, device: str = "cuda") -> Call:
 
 def measure(row: Row, library: str) -> Found:
     """First right, then fast: errors, ms, and memory of forward and backward together."""
-    if library == "fla-core" and not row.peer:
+    if (library == "fla-core" and not row.peer) or (library == "triton" and row.recurrent):
         return {}
     call, inputs = fla(row), row.inputs()
     do = inputs.pop("do")
@@ -242,7 +242,11 @@ def remarks(rows: list[Found]) -> Iterator[str]:
 SUITE = Suite(
     "kda_gpu",
     ROWS,
-    {name: functools.partial(measure, library=name) for name in ("ours", "fla-core")},
+    {
+        "ours": functools.partial(measure, library="ours"),
+        "triton": suite.in_triton(functools.partial(measure, library="triton")),
+        "fla-core": functools.partial(measure, library="fla-core"),
+    },
     host,
     first_call,
     remarks,
