@@ -125,6 +125,9 @@ def test_compiles(dtype, gate, sink, tmp_path):
     # where registers do not suffice, the assembler waits for every single product
     assert 0 < 4 * code.count("WARPGROUP.DEPBAR") < code.count("HGMMA")
     assert max(map(int, re.findall(r"STACK:(\d+)", usage))) <= SCRAPS, usage
+    # what partitions are given is written where the last of its parts has been read by all warps
+    shared = kernel.asm["ptx"].split("barrier.sync")[0].rpartition("ld.shared")[2]
+    assert 0 < shared.find("bar.sync") < shared.find("st.shared")
     # four elements of a sum at once; more of rows and columns
     sums = 2 * 4096 // (4 * 32)
     assert sums <= code.count("REDG.E.ADD.F32x4") <= sums + (gate is not None)

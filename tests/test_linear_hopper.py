@@ -16,7 +16,9 @@ from compiling import compiling
 from triton import knobs
 
 from fla.ops.common import device
+from fla.ops.common import launch as launching
 from fla.ops.common.dispatch import Problem
+from fla.ops.common.hopper import descriptor
 from fla.ops.simple_gla import blocks, hopper
 from fla.ops.simple_gla.engine import ENGINE, Options
 
@@ -64,6 +66,12 @@ with mock.patch.object(stages, "SMALLEST", 1):
 for seen in (slice(0, 70), slice(150, None)):
     assert torch.equal(found[:, seen], expected[:, seen])
 assert not expected[:, 230:].any() and found[:, 70:150].isnan().any()
+
+# The weights of tokens that are not there are as large as steep decays make them
+q, k, v, do = torch.randn(4, 1, 100, 2, 64)
+with mock.patch.object(stages, "SMALLEST", 1):
+    given = do, None, None, q, k, v, torch.full((1, 100, 2), -150.0), *[None] * 6
+    assert all(x.isfinite().all() for x in stages.backward(*given, engine.Options(4.0))[:4])
 """
 
 
@@ -80,6 +88,22 @@ def test_emulated():
     for case, launches, found in calls:
         assert launches and found, case
         assert all(error <= 1e-3 for error, _ in found.values()), (case, found)
+
+
+def test_each_tile_has_a_kernel():
+    """Tiles of another size, or dtype, want another kernel; those of another tensor do not."""
+    kernel, x = mock.MagicMock(arg_names=["x", "desc"]), torch.zeros(1, 64, 1, 128)
+    with mock.patch.object(launching, "_compiled", {}):
+        for given, size in ((x, 64), (x, 128), (x.clone(), 64), (x.half(), 64), (x, 128)):
+            launching.launch(kernel, 1, (x,), (descriptor(given, 64, size),), {})
+    assert kernel.__getitem__.return_value.call_count == 3
+
+
+def test_rows_of_tiles_are_aligned():
+    """Also where a single head, or a single sequence, has a stride that nobody walks."""
+    x = torch.zeros(1, 64, 128, 1, dtype=torch.bfloat16).transpose(2, 3)
+    assert x.is_contiguous() and x.stride(2) == 1
+    assert descriptor(x, 64, 128).strides == [64 * 128, 128, 128, 1]
 
 
 def call(T=1024, K=128, V=128, gate="token", packed=False, states=False, dtype=torch.bfloat16):

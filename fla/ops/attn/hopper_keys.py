@@ -282,6 +282,9 @@ def hopper_backward_kernel(
     fence_async_shared()
     tile = gl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
     steps = new_steps(tile, latest, B, T, H, G)
+    # What partitions are given goes where warps have just read the ticket, or the latest query;
+    # for these accesses the compiler places no barrier.
+    gl.thread_barrier()
     gl.warp_specialize(
         [
             (

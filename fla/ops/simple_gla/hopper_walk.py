@@ -156,7 +156,7 @@ def weigh(
                 b_w = b_i[:, None] - b_j[None, :]
                 if GRADIENT:
                     b_w = -b_w
-                b_w = power(gl.where(m, b_w, float("-inf"))) * scale
+                b_w = power(gl.where(m, b_w, float("-inf")))
                 b_p = power(b_k if GRADIENT else s_all - b_k)
                 # the next chunk's, which arrive while this one is at work
                 token, there = chunk_ahead(i + 1, bos, length, start, steps, BACK)
@@ -170,7 +170,8 @@ def weigh(
                 b_u = b_z.to(gl.float32) * b_p[:, None]
                 u_tiles.index(n % AHEAD).reshape([C, BZ]).store(b_u.to(b_z.dtype))
                 b_a = warpgroup_mma_wait(0, deps=(b_a,))
-                b_a = b_a * b_w
+                # of tokens that are not there the product is 0, but w may be 2^127, and scale w ∞
+                b_a = b_a * scale * b_w
             else:
                 b_a = warpgroup_mma_wait(0, deps=(b_a,))
                 b_a = gl.where(m, b_a * scale, 0.0)
