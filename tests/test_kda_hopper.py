@@ -14,6 +14,7 @@ import pytest
 import torch
 from compiling import compiling
 from triton import knobs
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fla.ops.common import device
 from fla.ops.common.dispatch import Problem
@@ -101,6 +102,21 @@ def test_other_lengths_compile_nothing_new():
         for T in (64, 65, 500, 8192):
             call(T)
     assert len(compiled) == 2
+
+
+def test_launches_of_other_tiles_are_told_apart():
+    """By constants alone: of a descriptor ``launch`` knows the type."""
+    made: dict = {}
+
+    def launch(kernel, programs, tensors, numbers, constants):
+        tiles = [tuple(x.block_shape) for x in numbers if isinstance(x, TensorDescriptor)]
+        types = tuple(map(type, (*tensors, *numbers)))
+        assert made.setdefault((*types, *constants.values()), tiles) == tiles
+
+    with mock.patch.object(hopper_scan, "launch", launch):
+        for K, V, partitions in itertools.product((64, 128), (64, 128, 192), (1, 2)):
+            call(K=K, V=V, partitions=partitions)
+    assert len(made) == 16  # V of 128 alone may be two partitions
 
 
 def test_what_it_does_not_take_goes_to_triton():

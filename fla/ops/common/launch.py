@@ -30,7 +30,8 @@ def launch(
     Triton looks at every argument of a launch for all that a kernel may be compiled for, which
     takes the host longer than to launch what it finds.  Here little tells calls apart: integers are
     below 2^31 and named in ``do_not_specialize``, and tensors, or None, begin at multiples of 16
-    bytes; where one does not, Triton looks.
+    bytes; where one does not, Triton looks.  Descriptors stand among the numbers, and what their
+    tiles are follows from the constants.
     """
     device = tensors[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():

@@ -152,12 +152,11 @@ class Memory:
 
 @gluon.jit
 def new_memory(
-    wide_desc, pairs_desc, x_desc, rows_desc, states_desc, STAGES: gl.constexpr,
-    READERS: gl.constexpr,
+    wide_desc, pairs_desc, x_desc, rows_desc, states_desc, BK: gl.constexpr,
+    STAGES: gl.constexpr, READERS: gl.constexpr,
 ):  # fmt: skip
     """Before the partitions part; a fence has to follow."""
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    BK: gl.constexpr = wide_desc.block_type.shape[3]
     q_in = new_tiles(wide_desc, STAGES)
     k_in = new_tiles(wide_desc, STAGES)
     k_out = new_tiles(wide_desc, STAGES)

@@ -79,10 +79,14 @@ def wide(b_x, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def as_pairs(tile):
-    """A tile [4, 16, K] of bf16 in shared memory as [4, 16, K / 2] of 32 bits."""
-    shape: gl.constexpr = [BLOCKS, TILE, tile.shape[2] // 2]
-    return tile._reinterpret(gl.int32, shape, gl.NVMMASharedLayout(128, 32, rank=3))
+def as_pairs(tiles):
+    """Tiles [blocks, 16, K] of bf16 in shared memory as [blocks, 16, K / 2] of 32 bits.
+
+    All of an allocation: 64 channels of all its tokens lie before the next 64, and how far apart
+    these are a part of it, looked at as 32 bits, would not know.
+    """
+    shape: gl.constexpr = [tiles.shape[0], TILE, tiles.shape[2] // 2]
+    return tiles._reinterpret(gl.int32, shape, gl.NVMMASharedLayout(128, 32, rank=3))
 
 
 @gluon.jit
@@ -102,16 +106,16 @@ def copy_in(tile, p, stride, left):
 
 
 @gluon.jit
-def measure(tile, factors, lengths, scale, ENABLED: gl.constexpr):
+def measure(pairs, factors, lengths, scale, ENABLED: gl.constexpr):
     """1 / sqrt(Σx² + ε) of a tile's tokens, to ``factors``, and ``scale`` of it to ``lengths``.
 
-    1 in place of the root where norms are not asked for.
+    The tile as pairs; 1 in place of the root where norms are not asked for.
     """
-    K: gl.constexpr = tile.shape[2]
+    K: gl.constexpr = 2 * pairs.shape[2]
     PAIRS: gl.constexpr = gl.BlockedLayout(
         [1, 1, 4], [1, 256 // K, K // 8], [1, gl.num_warps(), 1], [2, 1, 0]
     )
-    b_low, b_high = halves(as_pairs(tile).load(PAIRS))
+    b_low, b_high = halves(pairs.load(PAIRS))
     b_sum = gl.sum(b_low * b_low + b_high * b_high, 2)  # [4, 16]
     if ENABLED:
         b_sum = gl.rsqrt(b_sum + L2NORM_EPS)
@@ -124,11 +128,11 @@ def measure(tile, factors, lengths, scale, ENABLED: gl.constexpr):
 
 
 @gluon.jit
-def rows_at(tile, lengths, ROW: gl.constexpr):
-    """The 16 rows [4, K] of a tile as pairs [4, K / 2], and of ``lengths`` [4]."""
+def rows_at(pairs, lengths, ROW: gl.constexpr):
+    """The 16 rows [4, K / 2] of a tile as pairs, and of ``lengths`` [4]."""
     WARPS: gl.constexpr = gl.num_warps()
     TOKENS: gl.constexpr = gl.BlockedLayout([1, TILE, 1], [1, 1, 32], [4, 1, WARPS // 4], [2, 1, 0])
-    b_x = as_pairs(tile).load(TOKENS).permute((0, 2, 1))
+    b_x = pairs.load(TOKENS).permute((0, 2, 1))
     r_x = parts(b_x.reshape([BLOCKS, b_x.shape[1], 2, 2, 2, 2]))
     b_l = lengths.load(gl.SliceLayout(2, TOKENS))
     r_l = parts(b_l.reshape([BLOCKS, 2, 2, 2, 2]))
@@ -256,6 +260,8 @@ def hopper_intra_kernel(
     TILES: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
     both = gl.allocate_shared_memory(dtype, [2 * BLOCKS, TILE, K], TILES)
     b_q, b_kd = both.slice(0, BLOCKS), both.slice(BLOCKS, BLOCKS)
+    words = as_pairs(both)
+    q_words, k_words = words.slice(0, BLOCKS), words.slice(BLOCKS, BLOCKS)
     copy_in(b_kd, k + token * (H * K) + i_h * K, H * K, left)
     copy_in(b_q, q + token * (H * K) + i_h * K, H * K, left)
 
@@ -292,8 +298,8 @@ def hopper_intra_kernel(
     factors += place * (2 * C)
     async_copy.wait_group(0)
     gl.thread_barrier()
-    measure(b_q, factors, q_lengths, scale, QK_L2NORM)
-    measure(b_kd, factors + C, k_lengths, 1.0, QK_L2NORM)
+    measure(q_words, factors, q_lengths, scale, QK_L2NORM)
+    measure(k_words, factors + C, k_lengths, 1.0, QK_L2NORM)
     if pairs is not None:
         # keys for queries of their own block, of the one behind, of the second and of the third
         tiles = gl.allocate_shared_memory(dtype, [BLOCKS, BLOCKS, TILE, K], TILES)
@@ -303,7 +309,7 @@ def hopper_intra_kernel(
     r_x = ()
     r_1 = ()
     r_2 = ()
-    r_k = rows_at(b_kd, k_lengths, ROW)
+    r_k = rows_at(k_words, k_lengths, ROW)
     for t in gl.static_range(TILE - 1, -1, -1):
         b_x = wide(r_k[t][0], ROW) * r_k[t][1][:, None] * weight_of(b_sum, FORGETS)
         gl.store(k_out + p_out + t * K, (b_x * b_behind).to(dtype))
@@ -324,8 +330,8 @@ def hopper_intra_kernel(
     r_x = ()
     r_1 = ()
     r_2 = ()
-    r_k = rows_at(b_kd, k_lengths, ROW)
-    r_q = rows_at(b_q, q_lengths, ROW)
+    r_k = rows_at(k_words, k_lengths, ROW)
+    r_q = rows_at(q_words, q_lengths, ROW)
     for t in gl.static_range(TILE):
         b_sum += r_decay[t]
         b_largest = -b_sum if FORGETS else gl.maximum(b_largest, gl.abs(b_sum))

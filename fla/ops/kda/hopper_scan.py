@@ -337,9 +337,9 @@ def produce(
 def hopper_scan_kernel(
     decay, betas, cu_seqlens, o, state, final, dstate, dfinal,
     wide_desc, pairs_desc, v_desc, do_desc, o_desc, states_desc, rows_desc, span, T, rows, size,
-    HV: gl.constexpr, V: gl.constexpr, COLUMNS: gl.constexpr, WARPGROUPS: gl.constexpr,
-    STAGES: gl.constexpr, STRIDES: gl.constexpr, FINAL: gl.constexpr, DSTRIDES: gl.constexpr,
-    DFINAL: gl.constexpr,
+    HV: gl.constexpr, BK: gl.constexpr, V: gl.constexpr, COLUMNS: gl.constexpr,
+    WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, STRIDES: gl.constexpr, FINAL: gl.constexpr,
+    DSTRIDES: gl.constexpr, DFINAL: gl.constexpr,
 ):  # fmt: skip
     """What ``advance_kernel`` does, or, given do, ``scans_kernel``.
 
@@ -360,7 +360,7 @@ def hopper_scan_kernel(
     i_v = pid % BLOCKS * (BV * WARPGROUPS)
     at = segment_of(cu_seqlens, pid // BLOCKS // HV, pid // BLOCKS % HV, rows, T, span, HV)
     written = o_desc if OUT else rows_desc
-    memory = new_memory(wide_desc, pairs_desc, v_desc, written, states_desc, STAGES, WARPGROUPS)
+    memory = new_memory(wide_desc, pairs_desc, v_desc, written, states_desc, BK, STAGES, WARPGROUPS)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -442,7 +442,7 @@ def run_scan(
             *written, span, call.T, call.rows, size,
         ),
         {
-            "HV": call.HV, "V": V, "COLUMNS": columns, "WARPGROUPS": warpgroups,
+            "HV": call.HV, "BK": BK, "V": V, "COLUMNS": columns, "WARPGROUPS": warpgroups,
             "STAGES": _stages(BK, warpgroups, keep), "STRIDES": strides, "FINAL": final_strides,
             "DSTRIDES": dstrides, "DFINAL": dfinal_strides, "num_warps": 4,
         },
