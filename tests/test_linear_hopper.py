@@ -64,6 +64,12 @@ with mock.patch.object(stages, "SMALLEST", 1):
 for seen in (slice(0, 70), slice(150, None)):
     assert torch.equal(found[:, seen], expected[:, seen])
 assert not expected[:, 230:].any() and found[:, 70:150].isnan().any()
+
+# The weights of tokens that are not there are as large as steep decays make them
+q, k, v, do = torch.randn(4, 1, 100, 2, 64)
+with mock.patch.object(stages, "SMALLEST", 1):
+    given = do, None, None, q, k, v, torch.full((1, 100, 2), -150.0), *[None] * 6
+    assert all(x.isfinite().all() for x in stages.backward(*given, engine.Options(4.0))[:4])
 """
 
 

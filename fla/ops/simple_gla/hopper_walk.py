@@ -162,9 +162,10 @@ def weigh(
                 b_w = b_i[:, None] - b_j[None, :]
                 if GRADIENT:
                     b_w = -b_w
-                b_w = power(gl.where(m, b_w, float("-inf"))) * scale
+                b_w = power(gl.where(m, b_w, float("-inf")))
                 b_a = warpgroup_mma_wait(0, deps=(b_a,))
-                b_a = b_a * b_w
+                # of tokens that are not there the product is 0, but w may be 2^127, and scale w ∞
+                b_a = b_a * scale * b_w
             else:
                 b_a = warpgroup_mma_wait(0, deps=(b_a,))
                 b_a = gl.where(m, b_a * scale, 0.0)
