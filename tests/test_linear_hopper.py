@@ -88,6 +88,13 @@ def test_emulated():
         assert all(error <= 1e-3 for error, _ in found.values()), (case, found)
 
 
+def test_rows_of_tiles_are_aligned():
+    """Also where a single head, or a single sequence, has a stride that nobody walks."""
+    x = torch.zeros(1, 64, 128, 1, dtype=torch.bfloat16).transpose(2, 3)
+    assert x.is_contiguous() and x.stride(2) == 1
+    assert descriptor(x, 64, 128).strides == [64 * 128, 128, 128, 1]
+
+
 def call(T=1024, K=128, V=128, gate="token", packed=False, states=False, dtype=torch.bfloat16):
     """Forward and backward, on tensors of zeros that are there to be launched with."""
     H = 2

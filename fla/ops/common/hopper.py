@@ -34,9 +34,14 @@ def _layout(bits: int) -> Any:
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """x [B, T, H, D] in tiles [1, rows, 1, columns]; beyond T and D lie zeros, not written to."""
+    """x [B, T, H, D] in tiles [1, rows, 1, columns]; beyond T and D lie zeros, not written to.
+
+    x is contiguous.  Where B or H is one its own strides may still be any, and the copies take
+    multiples of 16 bytes only.
+    """
     layout = _layout(8 * x.element_size())
-    return Tiles(x, list(x.shape), list(x.stride()), [1, rows, 1, columns], layout)
+    _, T, H, D = x.shape
+    return Tiles(x, list(x.shape), [T * H * D, H * D, D, 1], [1, rows, 1, columns], layout)
 
 
 def vectors(x: Tensor, size: int) -> TensorDescriptor:
