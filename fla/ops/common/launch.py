@@ -10,16 +10,22 @@ import torch
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
+def _kind(x: Any) -> Any:
+    """What of a number, or of a tensor in tiles, a kernel is compiled for."""
+    tile = getattr(x, "block_shape", None)
+    return type(x) if tile is None else (x.base.dtype, *tile)
+
+
 def launch(
     kernel: Any,
     programs: int,
     tensors: tuple[Any, ...],
-    numbers: tuple[int | float | None, ...],
+    numbers: tuple[Any, ...],
     constants: dict[str, Any],
 ) -> None:
     """Launch ``programs`` programs of ``kernel`` where the first tensor is.
 
-    Its parameters stand in the order given here.
+    Its parameters stand in the order given here; tensors in tiles are among the numbers.
 
     Triton looks at every argument of a launch for all that a kernel may be compiled for, which
     takes the host longer than to launch what it finds.  Here little tells calls apart: integers are
@@ -45,7 +51,7 @@ def launch(
             dtypes.append(x.dtype)
             bits |= address
     aligned = bits % 16 == 0
-    key = (kernel.fn, device, *dtypes, *map(type, numbers), *constants, *constants.values())
+    key = (kernel.fn, device, *dtypes, *map(_kind, numbers), *constants, *constants.values())
     if aligned and key in _compiled:
         compiled, values = _compiled[key]
         compiled[grid](*addresses, *numbers, *values)
