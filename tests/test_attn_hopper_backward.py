@@ -68,6 +68,9 @@ def test_compiles(tmp_path):
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     # where registers do not suffice, the assembler waits for every single product
     assert 0 < 4 * code.count("WARPGROUP.DEPBAR") < code.count("HGMMA")
+    # what partitions are given is written where the ticket has been read by all warps
+    shared = kernel.asm["ptx"].split("barrier.sync")[0].rpartition("ld.shared")[2]
+    assert 0 < shared.find("bar.sync") < shared.find("st.shared")
     # four elements of a sum at once
     assert code.count("REDG.E.ADD.F32x4") == 2 * 4096 // (4 * 32)
 

@@ -374,6 +374,9 @@ def hopper_backward_kernel(
     j = tile // H // B
     first = j * (KEYS // ROWS)
     last = gl.cdiv(T, ROWS) - 1
+    # What partitions are given goes where warps have just read the ticket, and for these accesses
+    # the compiler places no barrier.
+    gl.thread_barrier()
     gl.warp_specialize(
         [
             (
