@@ -10,8 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from compiling import compiling
-from triton import knobs
+from compiling import compiling, dumped
 
 from fla.ops.attn import hopper_backward
 from fla.ops.attn.engine import Options
@@ -62,10 +61,7 @@ def test_compiles(tmp_path):
     assert names == ["rows_kernel", "hopper_backward_kernel", "dq_kernel"]
     kernel = compiled[1]
     assert kernel.metadata.shared <= 227 << 10
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(kernel.asm["cubin"])
-    command = [knobs.nvidia.cuobjdump.path, "-sass", str(binary)]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = dumped(kernel, tmp_path, "-sass")
     # where registers do not suffice, the assembler waits for every single product
     assert 0 < 4 * code.count("WARPGROUP.DEPBAR") < code.count("HGMMA")
     # what partitions are given is written where the ticket has been read by all warps
