@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -64,3 +69,20 @@ def compiling(capability: int) -> Iterator[list[Any]]:
 
     with mock.patch.object(JITFunction, "run", run):
         yield compiled
+
+
+def before_arrivals(kernel: Any) -> set[str]:
+    """What stands before arrivals at barriers in PTX, of barriers and waits for products."""
+    order = re.findall(
+        r"wgmma\.wait_group\S* \d|bar\S*\.sync|mbarrier\.arrive\.shared", kernel.asm["ptx"]
+    )
+    # several arrivals may follow one barrier
+    return {first for first, each in itertools.pairwise(order) if each == "mbarrier.arrive.shared"}
+
+
+def dumped(kernel: Any, directory: Path, *what: str) -> str:
+    """What cuobjdump tells of a compiled kernel: ``-res-usage``, ``-sass``."""
+    binary = directory / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    command = [knobs.nvidia.cuobjdump.path, *what, str(binary)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from fla.ops.common import device
 
@@ -22,3 +25,35 @@ def verified(*kernels: str):
     """Inside, these kernels count as verified with the installed Triton."""
     release = (device.triton_version() or "").rsplit(".", 1)[0]
     return mock.patch.dict(device.HOPPER_TRITON, dict.fromkeys(kernels, (release,)))
+
+
+def moved(run: Callable[[], Sequence[Tensor]]) -> int:
+    """How many elements of the results are others than at first, in a thousand repetitions."""
+    first = run()
+    count = torch.zeros((), device=first[0].device, dtype=torch.int64)
+    for _ in range(1000):
+        for a, b in zip(first, run(), strict=True):
+            count += (a != b).sum()
+    return int(count.item())
+
+
+def check_what_lies_beside(run: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]):
+    """The last chunk of a sequence reaches into the next one, or behind all, here full of NaN.
+
+    ``run`` returns what 500 tokens, of which 300 are in sequences, have in each result.
+    """
+    arguments = [x.clone() for x in arguments]
+    bounds = torch.tensor([0, 100, 230, 300], device=arguments[0].device)
+    expected = run(*(x[:, :300] for x in arguments), cu_seqlens=bounds)
+    for x in arguments:
+        x[:, 100:230] = torch.nan
+        x[:, 300:] = torch.nan
+    found = run(*arguments, cu_seqlens=bounds)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a[:, :100], b[:, :100]) and torch.equal(a[:, 230:300], b[:, 230:])
+        assert a[:, 100:230].isnan().any() and not a[:, 300:].any()
+
+
+def compiled(kernel: Any) -> int:
+    """How often a kernel has been compiled in this process."""
+    return len(kernel.device_caches[0][0])

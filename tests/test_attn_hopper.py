@@ -11,8 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from compiling import compiling
-from triton import knobs
+from compiling import compiling, dumped
 
 from fla.ops.attn import hopper_forward
 from fla.ops.attn.engine import ENGINE, Options
@@ -57,10 +56,7 @@ def test_compiles(dtype, D, gate, bounds, window, sink, tmp_path):
     assert "wgmma.wait_group.sync.aligned 1" in order
     arrivals = [i for i, each in enumerate(order) if each == "mbarrier.arrive.shared"]
     assert arrivals and all(order[i - 1] == "bar.sync" for i in arrivals)
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(kernel.asm["cubin"])
-    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dumped(kernel, tmp_path, "-res-usage")
     stack = max(map(int, re.findall(r"STACK:(\d+)", usage)))
     assert stack <= (0 if g is None else SCRAPS) and "LOCAL:0" in usage, usage
 

@@ -11,8 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from compiling import compiling
-from triton import knobs
+from compiling import compiling, dumped
 
 from fla.ops.attn import hopper_backward
 from fla.ops.attn.engine import Options
@@ -114,14 +113,7 @@ def test_compiles(dtype, gate, sink, tmp_path):
     assert [each.metadata.name for each in compiled] == names
     kernel = compiled[names.index("hopper_backward_kernel")]
     assert kernel.metadata.shared <= 227 << 10
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(kernel.asm["cubin"])
-
-    def show(what: str) -> str:
-        command = [knobs.nvidia.cuobjdump.path, what, str(binary)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    code, usage = show("-sass"), show("-res-usage")
+    code, usage = (dumped(kernel, tmp_path, what) for what in ("-sass", "-res-usage"))
     # where registers do not suffice, the assembler waits for every single product
     assert 0 < 4 * code.count("WARPGROUP.DEPBAR") < code.count("HGMMA")
     assert max(map(int, re.findall(r"STACK:(\d+)", usage))) <= SCRAPS, usage

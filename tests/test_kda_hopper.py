@@ -12,8 +12,7 @@ from unittest import mock
 import kda_calls
 import pytest
 import torch
-from compiling import compiling
-from triton import knobs
+from compiling import before_arrivals, compiling, dumped
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fla.ops.common import device
@@ -78,18 +77,9 @@ def test_compiles(more, tmp_path):
     for kernel in compiled:
         assert kernel.metadata.name == "hopper_scan_kernel"
         assert kernel.metadata.shared <= 227 << 10
-        order = re.findall(
-            r"wgmma\.wait_group\S* \d|bar\S*\.sync|mbarrier\.arrive\.shared", kernel.asm["ptx"]
-        )
-        # several arrivals may follow one barrier
-        before = {
-            first for first, each in itertools.pairwise(order) if each == "mbarrier.arrive.shared"
-        }
+        before = before_arrivals(kernel)
         assert before and not any(first.startswith("wgmma") for first in before)
-        binary = tmp_path / "kernel.cubin"
-        binary.write_bytes(kernel.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(binary)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = dumped(kernel, tmp_path, "-res-usage", "-sass")
         # addresses that are made before the loop, for behind it
         assert int(re.search(r"STACK:(\d+)", usage).group(1)) <= 96, usage
         # the assembler has added no wait to those of the source

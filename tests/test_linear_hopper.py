@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -12,8 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from compiling import compiling
-from triton import knobs
+from compiling import before_arrivals, compiling, dumped
 
 from fla.ops.common import device
 from fla.ops.common import launch as launching
@@ -139,18 +137,9 @@ def test_compiles(sizes, more, tmp_path):
     assert len(kernels) == (4 if sizes[1] <= 128 else 2)
     for kernel in kernels:
         assert kernel.metadata.shared <= 227 << 10
-        order = re.findall(
-            r"wgmma\.wait_group\S* \d|bar\S*\.sync|mbarrier\.arrive\.shared", kernel.asm["ptx"]
-        )
-        # several arrivals may follow one barrier
-        before = {
-            first for first, each in itertools.pairwise(order) if each == "mbarrier.arrive.shared"
-        }
+        before = before_arrivals(kernel)
         assert before and not any(first.startswith("wgmma") for first in before)
-        binary = tmp_path / "kernel.cubin"
-        binary.write_bytes(kernel.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = dumped(kernel, tmp_path, "-res-usage")
         assert int(re.search(r"STACK:(\d+)", usage).group(1)) <= 32, usage
 
 

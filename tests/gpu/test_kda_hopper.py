@@ -13,7 +13,7 @@ import kda_calls
 import pytest
 import sanitizer
 import torch
-from on_hopper import marks, verified
+from on_hopper import check_what_lies_beside, compiled, marks, moved, verified
 
 from fla.ops import chunk_kda
 from fla.ops.common.dispatch import use
@@ -90,41 +90,22 @@ def test_a_thousand_times_the_same_bits(heads):
     """Where a barrier is missing, they move."""
     arguments = operands(1, 1000, heads)
     bounds = torch.tensor([0, 0, 300, 301, 1000], device="cuda")
-    moved = torch.zeros((), device="cuda", dtype=torch.int64)
     with on_hopper():
-        first = run(*arguments, cu_seqlens=bounds)
-        for _ in range(1000):
-            again = run(*arguments, cu_seqlens=bounds)
-            for a, b in zip(first, again, strict=True):
-                moved += (a != b).sum()
-    assert not moved.item()
+        assert not moved(lambda: run(*arguments, cu_seqlens=bounds))
 
 
 def test_what_lies_beside_a_sequence_is_not_read():
-    """The last chunk of a sequence reaches into the next one, or behind all, here full of NaN."""
-    arguments = [x.clone() for x in operands(1, 500)]
-    bounds = torch.tensor([0, 100, 230, 300], device="cuda")
     with on_hopper():
-        expected = run(*(x[:, :300] for x in arguments), cu_seqlens=bounds)
-        for x in arguments:
-            x[:, 100:230] = torch.nan
-            x[:, 300:] = torch.nan
-        found = run(*arguments, cu_seqlens=bounds)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a[:, :100], b[:, :100]) and torch.equal(a[:, 230:300], b[:, 230:])
-        assert a[:, 100:230].isnan().any() and not a[:, 300:].any()
+        check_what_lies_beside(run, operands(1, 500))
 
 
 def test_nothing_is_compiled_again():
-    def compiled():
-        return len(hopper_scan.hopper_scan_kernel.device_caches[0][0])
-
     with on_hopper():
         run(*operands(1, 640))
-        before = compiled()
+        before = compiled(hopper_scan.hopper_scan_kernel)
         for T in range(2, 102):
             run(*operands(1, T))
-    assert compiled() == before
+    assert compiled(hopper_scan.hopper_scan_kernel) == before
 
 
 @sanitizer.needed

@@ -33,8 +33,8 @@ class Launch(NamedTuple):
     stages: int = 1
 
 
-# Rows [4, BK], one token of each block of 16: a thread has all tokens of its channels.
-INTRA = Launch(128, 4)
+# On rows [4, BK], one token of each block of 16: a thread has all tokens of its channels.
+INTRA_WARPS = 4
 # Sᵀ [64, BK] is one warpgroup's accumulator; with V split in two, 64 heads fill the chip.
 SCAN = Launch(64, 4)
 # Where one operand of a token takes 1 KB, four warps would spill half of them.
@@ -247,7 +247,7 @@ class Call:
             {
                 "H": self.H, "HV": self.HV, "K": self.K, **self.common, **self.beta_flags,
                 "QK_L2NORM": self.options.qk_l2norm, "GATE": self.options.gate,
-                "FORGETS": self.forgets, "num_warps": INTRA.warps, "num_stages": INTRA.stages,
+                "FORGETS": self.forgets, "num_warps": INTRA_WARPS, "num_stages": 1,
             },
         )  # fmt: skip
 
