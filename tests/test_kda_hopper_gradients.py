@@ -18,7 +18,7 @@ from fla.ops.kda import hopper
 from fla.ops.kda import triton as portable
 
 # Launchers of other kernels, which are not launched here
-OTHERS = dict.fromkeys(("run_intra", "run_scan"), mock.DEFAULT)
+OTHERS = dict.fromkeys(("run_intra", "run_halving", "run_scan"), mock.DEFAULT)
 FP32 = 1e-4  # the contract's
 # Triton's kernels run in its interpreter, those for Hopper over a stand-in for Gluon, in fp32
 EMULATED = """
