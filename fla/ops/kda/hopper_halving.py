@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from fla.ops.common.launch import launch
-from fla.ops.kda.halving import TILE, load_rate, weight_of
+from fla.ops.kda.halving import TILE, load_rate, replaced, weight_of
 from fla.ops.kda.hopper_gradients import as_mask, narrow, wide
 from fla.ops.kda.hopper_intra import BLOCKS, C, decays_of, locate
 
@@ -133,8 +133,6 @@ def hopper_halving_kernel(
         b_q = tokens_at(q_tiles, i)
         b_k = tokens_at(k_tiles, i)
         b_own += gl.sum(b_q * b_k, 2)
-        n_a = ()
-        n_m = ()
         for level in gl.static_range(LEVELS):
             m = segment(level)
             b_decay = weight_of(mma_v2(m, b_low, mma_v2(m, b_high, zero)), FORGETS)
@@ -142,11 +140,9 @@ def hopper_halving_kernel(
             b_query = (b_q * b_decay).to(gl.bfloat16)
             b_right = gl.convert_layout(b_key.permute((0, 2, 1)), _RIGHT, assert_trivial=True)
             b_left = gl.convert_layout(b_key, _LEFT, assert_trivial=True)
-            n_a += (mma_v2(b_left, b_right, r_a[level]),)
+            r_a = replaced(r_a, level, mma_v2(b_left, b_right, r_a[level]))
             b_left = gl.convert_layout(b_query, _LEFT, assert_trivial=True)
-            n_m += (mma_v2(b_left, b_right, r_m[level]),)
-        r_a = n_a
-        r_m = n_m
+            r_m = replaced(r_m, level, mma_v2(b_left, b_right, r_m[level]))
 
     o_b = gl.arange(0, BLOCKS, _BLOCK)[:, None, None]
     o_i = gl.arange(0, TILE, rows_of(_ACC))[None, :, None]
