@@ -10,10 +10,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from fla.ops.common.hopper import along
+from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
 from fla.ops.kda.halving import TILE, load_rate, replaced, weight_of
 from fla.ops.kda.hopper_gradients import as_mask, narrow, wide
-from fla.ops.kda.hopper_intra import BLOCKS, C, decays_of, locate
+from fla.ops.kda.hopper_intra import BLOCKS, C, decays_of
+from fla.ops.kda.slots import locate
 
 LEVELS = gl.constexpr(4)
 # Channels at a time
@@ -94,7 +97,8 @@ def hopper_halving_kernel(
     """
     i_slot = gl.program_id(0) // HV
     i_hv = gl.program_id(0) % HV
-    i_c, start, length = locate(cu_seqlens, i_slot, rows, T)
+    o_s = gl.arange(0, SEARCH, along(gl.num_warps()))
+    _, i_c, start, _, length = locate(cu_seqlens, i_slot, rows, T, C, o_s)
     if i_c * C >= length:
         return
     place = i_slot.to(gl.int64) * HV + i_hv
