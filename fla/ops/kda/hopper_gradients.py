@@ -253,7 +253,7 @@ def hopper_gradients_kernel(
     i_slot = gl.program_id(0) // BLOCKS // HV
     i_h = i_hv // (HV // H)
     o_s = gl.arange(0, SEARCH, along(gl.num_warps()))
-    i_n, i_c, start, length, live = locate(cu_seqlens, i_slot, rows, T, C, o_s)
+    _n, i_c, start, length, live = locate(cu_seqlens, i_slot, rows, T, C, o_s)
     left = length - i_c * C
     place = i_slot.to(gl.int64) * HV + i_hv
     token = start + i_c * C
