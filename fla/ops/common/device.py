@@ -12,9 +12,9 @@ HOPPER = (9, 0)
 # The Triton releases with which all tests of a kernel for Hopper have passed on a GPU
 HOPPER_TRITON: dict[str, tuple[str, ...]] = {
     "softmax forward": ("3.6",),
-    "softmax backward": (),
+    "softmax backward": ("3.6",),
     "linear walk": ("3.6",),
-    "delta": (),
+    "delta": ("3.6",),
 }
 
 

@@ -15,7 +15,7 @@ from fla.ops.common.hopper import along
 from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
 from fla.ops.kda.activations import LOG2E, decay_of, log_decay, sigmoid
-from fla.ops.kda.halving import load_rate, weight_of
+from fla.ops.kda.halving import load_rate, replaced, weight_of
 from fla.ops.kda.slots import locate
 from fla.ops.kda.triton import Call
 
@@ -139,12 +139,6 @@ def pairs_of(blocks, a, b):
     """Rows of block a by columns of block b of a matrix as right operand, and the transpose."""
     tile = blocks.index(b * TILES + a)
     return tile.load(_RIGHT), tile.permute((1, 0)).load(_RIGHT)
-
-
-@gluon.jit
-def select(i, x_0, x_1, x_2, x_3):
-    """Of four values that of block i."""
-    return gl.where(i == 0, x_0, gl.where(i == 1, x_1, gl.where(i == 2, x_2, x_3)))
 
 
 @gluon.jit
@@ -291,10 +285,7 @@ def hopper_gradients_kernel(
     b_bias = gl.expand_dims(b_bias, 1)
     b_through = gl.expand_dims(gl.load(through + place * K + channel), 1)
     near += place * TILES
-    near_0 = gl.load(near)
-    near_1 = gl.load(near + 1)
-    near_2 = gl.load(near + 2)
-    near_3 = gl.load(near + 3)
+    r_near = gl.load(near), gl.load(near + 1), gl.load(near + 2), gl.load(near + 3)
 
     o_r = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(1, _RIGHT)), 1)
     o_c = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(0, _RIGHT)), 0)
@@ -304,7 +295,7 @@ def hopper_gradients_kernel(
     zero = gl.zeros([CHANNELS, TILE], gl.float32, _ACC)
 
     # keys at the end of their blocks, what gates gain between them and the chunk's end, and decays;
-    # in loops that stay loops, for straight code of all blocks waits for its instructions
+    # in a loop that stays one, for more straight code than what follows waits for its instructions
     async_copy.wait_group(1)
     ends = gl.allocate_shared_memory(gl.bfloat16, [TILES, TILE, CHANNELS], _SHARED)
     b_none = gl.zeros_like(b_bias)
@@ -312,18 +303,18 @@ def hopper_gradients_kernel(
     outs = gl.allocate_shared_memory(gl.float32, [TILES, CHANNELS], _VECTOR)
     b_rest = gl.zeros([CHANNELS], gl.float32, _CHANNEL)
     for i in range(TILES):
-        a = TILES - 1 - i
-        m_t = o_i + a * TILE < left
-        _, b_g = gates_at(g_tiles.index(a), b_bias, rate, lower_bound, m_t, GATE)
-        b_k = side(k_tiles.index(a)) * tokens_of(norms.index(TILES + a))
+        i_b = TILES - 1 - i
+        m_t = o_i + i_b * TILE < left
+        _, b_g = gates_at(g_tiles.index(i_b), b_bias, rate, lower_bound, m_t, GATE)
+        b_k = side(k_tiles.index(i_b)) * tokens_of(norms.index(TILES + i_b))
         b_end, b_end32 = narrow(
             b_k * weight_of(sums(b_g, mask.permute((1, 0)).load(_RIGHT), zero), FORGETS)
         )
-        put_side(ends.index(a), b_end)
-        b_out = gl.sum(b_end32 * side(out_tiles.index(a)), 1) * decay_of(b_rest)
+        put_side(ends.index(i_b), b_end)
+        b_out = gl.sum(b_end32 * side(out_tiles.index(i_b)), 1) * decay_of(b_rest)
         b_total = gl.sum(b_g, 1)
-        outs.index(a).store(b_out)
-        decays.index(a).store(decay_of(b_total))
+        outs.index(i_b).store(b_out)
+        decays.index(i_b).store(decay_of(b_total))
         b_rest += b_total
     b_through *= gl.expand_dims(decay_of(b_rest), 1)
 
@@ -331,9 +322,8 @@ def hopper_gradients_kernel(
     b_drate = part_of(zero)
     b_dbias = b_drate
     # what gates gain between the state or a key before their block, and rows behind it
-    f_0, f_1, f_2 = b_none, b_none, b_none
-    for i in range(TILES):
-        a = TILES - 1 - i
+    r_flow = (b_none, b_none, b_none, b_none)
+    for a in gl.static_range(TILES - 1, -1, -1):
         m_t = o_i + a * TILE < left
         b_x, b_g = gates_at(g_tiles.index(a), b_bias, rate, lower_bound, m_t, GATE)
         b_q = side(q_tiles.index(a)) * (tokens_of(norms.index(a)) * scale)
@@ -345,27 +335,24 @@ def hopper_gradients_kernel(
         # rows, for the state and the keys of blocks before
         b_dq = side(dq_tiles.index(a))
         b_dk = side(dk_tiles.index(a))
-        b_passing = b_through + select(a, f_0, f_1, f_2, b_none)
-        b_0, b_1, b_2 = b_none, b_none, b_none
-        for b in range(a):
+        b_passing = b_through + r_flow[a]
+        r_own = (b_none, b_none, b_none)
+        for b in gl.static_range(a):
             b_decay = channels_of(decays.index(b))
             b_dq *= b_decay
             b_dk *= b_decay
-            b_flow = sum_of(b_qd32 * b_dq + b_kd32 * b_dk)
-            b_0 = gl.where(b == 0, b_flow, b_0 * b_decay)
-            b_1 = gl.where(b == 1, b_flow, b_1 * b_decay)
-            b_2 = gl.where(b == 2, b_flow, b_2 * b_decay)
+            for c in gl.static_range(b):
+                r_own = replaced(r_own, c, r_own[c] * b_decay)
+            r_own = replaced(r_own, b, sum_of(b_qd32 * b_dq + b_kd32 * b_dk))
             b_passing += channels_of(outs.index(b))
-            b_end = left_side(ends.index(b))
-            b_dq = mma_v2(b_end, pairs_of(dm_blocks, a, b)[1], b_dq)
-            b_dk = mma_v2(b_end, pairs_of(da_blocks, a, b)[1], b_dk)
-        f_0 += b_0
-        f_1 += b_1
-        f_2 += b_2
+            b_left = left_side(ends.index(b))
+            b_dq = mma_v2(b_left, pairs_of(dm_blocks, a, b)[1], b_dq)
+            b_dk = mma_v2(b_left, pairs_of(da_blocks, a, b)[1], b_dk)
+        for b in gl.static_range(a):
+            r_flow = replaced(r_flow, b, r_flow[b] + r_own[b])
         # keys, for rows of the blocks behind and the chunk's end
         b_gain = side(out_tiles.index(a))
-        for j in range(i):
-            c = TILES - 1 - j
+        for c in gl.static_range(TILES - 1, a, -1):
             b_gain *= channels_of(decays.index(c))
             b_gain = mma_v2(left_side(q_tiles.index(c)), pairs_of(dm_blocks, c, a)[0], b_gain)
             b_gain = mma_v2(left_side(k_tiles.index(c)), pairs_of(da_blocks, c, a)[0], b_gain)
@@ -373,7 +360,7 @@ def hopper_gradients_kernel(
         # pairs in this block
         dms = pairs_of(dm_blocks, a, a)
         das = pairs_of(da_blocks, a, a)
-        if select(a, near_0, near_1, near_2, near_3) == TILE:
+        if r_near[a] == TILE:
             # what enters a product twice is rounded once: the gradients of the two exponents of a
             # pair cancel where both sum the same gate
             b_inverse = gl.exp2(-b_prefix)

@@ -20,17 +20,17 @@ from fla.ops.kda.slots import locate
 
 LEVELS = gl.constexpr(4)
 # Channels at a time
-CHANNELS = gl.constexpr(16)
-# What a thread may have, that four programs run side by side
-REGISTERS = 128
+CHANNELS = gl.constexpr(32)
+# What a thread may have, that three programs run side by side
+REGISTERS = 168
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))
 _LEFT = gl.constexpr(gl.DotOperandLayout(0, _ACC, 2))
 _RIGHT = gl.constexpr(gl.DotOperandLayout(1, _ACC, 2))
 _BLOCK = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(2, _ACC)))
 _TOKEN = gl.constexpr(gl.SliceLayout(2, _ACC))
 _CHANNEL = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(1, _RIGHT)))
-_LINES = gl.constexpr(gl.BlockedLayout([1, 1, 8], [1, 16, 2], [1, 4, 1], [2, 1, 0]))
-_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0]))
+_LINES = gl.constexpr(gl.BlockedLayout([1, 1, 8], [1, 8, 4], [1, 4, 1], [2, 1, 0]))
+_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0]))
 
 
 @gluon.constexpr_function
