@@ -21,7 +21,8 @@ LONG = 8192
 SCRAPS = 160
 # Triton's kernels run in its interpreter, that for Hopper over a stand-in for Gluon
 EMULATED = """
-import json, torch
+import itertools, json, torch
+from unittest import mock
 from emulated_gluon import TensorDescriptor, Value, emulated
 from fla.ops.attn import blocks, eager, hopper_backward as stage
 from fla.ops.attn.engine import Options
@@ -33,7 +34,7 @@ with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, h
     keys.power = lambda x: Value(torch.exp2(x.x))
 stage.hopper_backward_kernel, stage.descriptor = keys.hopper_backward_kernel, hopper.descriptor
 stage.TensorDescriptor = TensorDescriptor
-stage.SHORTEST = stage.FEWEST = 1
+stage.SHORTEST = stage.FEWEST = stage.MEAN = 1
 
 products = 0
 start = keys.product_with_keys
@@ -42,6 +43,9 @@ def counted(*arguments):
     products += 1
     return start(*arguments)
 keys.product_with_keys = counted
+
+def poison(x):
+    return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(-1)
 
 def back_again(g):  # what some forget, others see again
     g = torch.full_like(g, -0.4)
@@ -56,31 +60,66 @@ gates = {
     "steep": lambda g: torch.where(torch.arange(g.shape[1])[:, None] % 37 > 0, g / 1e3, -1e4),
     "back again": back_again,
 }
-for (B, T, HQ, H), gate, sink in (
-    ((1, 1, 1, 1), "none", False), ((2, 15, 2, 1), "none", False), ((1, 64, 2, 2), "none", True),
-    ((2, 65, 2, 1), "none", False), ((2, 127, 2, 1), "none", True), ((1, 300, 4, 2), "none", False),
-    ((1, 1, 2, 1), "mild", True), ((1, 64, 2, 1), "mild", False), ((2, 129, 2, 1), "mild", True),
-    ((1, 300, 4, 2), "mild", False), ((1, 260, 2, 1), "steep", False),
-    ((1, 700, 2, 1), "growing", True), ((1, 700, 2, 1), "forgetful", False),
-    ((1, 1000, 2, 1), "back again", False),
+packed = 0, 130, 0, 1, 70, 0
+for (B, T, HQ, H), gate, sink, window, lengths in (
+    ((1, 1, 1, 1), "none", False, None, ()), ((2, 15, 2, 1), "none", False, None, ()),
+    ((1, 64, 2, 2), "none", True, None, ()), ((2, 65, 2, 1), "none", False, None, ()),
+    ((2, 127, 2, 1), "none", True, None, ()), ((1, 300, 4, 2), "none", False, None, ()),
+    ((1, 1, 2, 1), "mild", True, None, ()), ((1, 64, 2, 1), "mild", False, None, ()),
+    ((2, 129, 2, 1), "mild", True, None, ()), ((1, 300, 4, 2), "mild", False, None, ()),
+    ((1, 260, 2, 1), "steep", False, None, ()), ((1, 700, 2, 1), "growing", True, None, ()),
+    ((1, 700, 2, 1), "forgetful", False, None, ()),
+    ((1, 1000, 2, 1), "back again", False, None, ()),
+    ((2, 200, 2, 1), "none", False, 2, ()), ((1, 300, 4, 2), "none", True, 64, ()),
+    ((1, 513, 2, 1), "none", False, 129, ()), ((1, 513, 2, 1), "none", False, 190, ()),
+    ((2, 260, 2, 1), "mild", True, 70, ()), ((1, 700, 2, 1), "mild", False, 256, ()),
+    ((1, 700, 2, 1), "forgetful", False, 500, ()),
+    ((1, 201, 2, 1), "none", False, None, packed), ((1, 270, 2, 1), "none", True, 50, packed),
+    ((1, 330, 2, 1), "none", False, None, (0, 0, 256, 0)),
+    ((1, 330, 4, 2), "mild", True, None, packed),
+    ((1, 500, 2, 1), "mild", False, 90, (1, 300, 2, 129)),
+    ((1, 901, 2, 1), "forgetful", True, None, (200, 700)),
 ):
     torch.manual_seed(T)
+    live = sum(lengths) if lengths else T
     do, q = torch.randn(2, B, T, HQ, 128)
     k, v = torch.randn(2, B, T, H, 128)
     sink_bias = torch.randn(HQ) if sink else None
-    given = q, k, v, gates[gate](torch.randn(B, T, HQ)), sink_bias, None
-    o, lse = eager.forward(*given, Options(0.1))
-    expected = eager.backward(do, *given, o, lse, Options(0.1))
+    g = gates[gate](torch.randn(B, T, HQ))
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)]) if lengths else None
+    options = Options(0.1, window)
+
+    def cut(x):
+        return None if x is None else x[:, :live]
+
+    given = *map(cut, (q, k, v, g)), sink_bias, bounds
+    o, lse = eager.forward(*given, options)
+    expected = eager.backward(cut(do), *given, o, lse, options)
+    # neither what lies behind the last sequence nor what is not written may show
+    for x in (do, q, k, v, *(() if g is None else (g,))):
+        x[:, live:] = torch.nan
+    o = torch.nn.functional.pad(o, (0, 0, 0, 0, 0, T - live), value=torch.nan)
+    lse = torch.nn.functional.pad(lse, (0, T - live), value=torch.nan)
     products = 0
-    found = stage.backward(do, *given, o, lse.contiguous(), Options(0.1))
+    with mock.patch.object(torch, "empty_like", lambda x, **_: poison(x.clone())):
+        found = stage.backward(do, q, k, v, g, sink_bias, bounds, o, lse.contiguous(), options)
     # of each step, in both partitions, and one at their ends
-    blocks_of = range(0, T, 128)
-    most = sum(HQ * B * -(-(T - j) // 64) for j in blocks_of)
-    steps = products // 2 - len(blocks_of) * B * H
+    sizes = lengths or B * (T,)
+    programs = sum(-(-size // 128) for size in sizes)
+    pairs = sum(
+        i // 128 + 1 - max(i - (window or T) + 1, 0) // 128
+        for size in sizes
+        for i in range(0, size, 64)
+    )
+    steps = products // 2 - programs * H
     # the only key of one token has no gradient
-    pairs = list(zip(found, expected))[2 if T == 1 else 0 :]
-    errors = [relative_error(x, y) for x, y in pairs]
-    print(json.dumps([f"{B, T, HQ, H} {gate}", errors, steps / most]), flush=True)
+    errors = [
+        relative_error(cut(x) if y.dim() > 1 else x, y)
+        for x, y in list(zip(found, expected))[2 if live == 1 else 0 :]
+    ]
+    behind = sum(float(x[:, live:].abs().sum()) for x in found if x.dim() > 1)
+    case = f"{B, T, HQ, H} {gate} {window} {lengths}"
+    print(json.dumps([case, errors, behind, steps / max(pairs * HQ, 1)]), flush=True)
 """
 
 
