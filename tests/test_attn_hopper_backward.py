@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from fla.ops.attn.engine import Options
 
 LONG = 8192
 # What a thread may leave in memory between steps: addresses, but no block
-SCRAPS = 160
+SCRAPS = 200
 # Triton's kernels run in its interpreter, that for Hopper over a stand-in for Gluon
 EMULATED = """
 import itertools, json, torch
@@ -34,7 +35,7 @@ with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, h
     keys.power = lambda x: Value(torch.exp2(x.x))
 stage.hopper_backward_kernel, stage.descriptor = keys.hopper_backward_kernel, hopper.descriptor
 stage.TensorDescriptor = TensorDescriptor
-stage.SHORTEST = stage.FEWEST = stage.MEAN = 1
+stage.SHORTEST = stage.FEWEST = stage.MEAN = stage.NARROWEST = 1
 
 products = 0
 start = keys.product_with_keys
@@ -123,29 +124,35 @@ for (B, T, HQ, H), gate, sink, window, lengths in (
 """
 
 
-def operands(B=1, T=LONG, HQ=32, H=8, D=128, dtype=torch.bfloat16, gate=None, sink=None):
+def operands(
+    B=1, T=LONG, HQ=32, H=8, D=128, dtype=torch.bfloat16, gate=None, sink=None, lengths=()
+):
     """do, q, k, v, then what a call may have beside them, o and lse."""
     q = torch.empty(B, T, HQ, D, dtype=dtype)
     k = torch.empty(B, T, H, D, dtype=dtype)
     g = None if gate is None else torch.empty(B, T, HQ, dtype=gate)
     sink_bias = None if sink is None else torch.empty(HQ, dtype=sink)
-    return q, q, k, k, g, sink_bias, None, q, torch.empty(B, HQ, T)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)]) if lengths else None
+    return q, q, k, k, g, sink_bias, bounds, q, torch.empty(B, HQ, T)
 
 
 @pytest.mark.parametrize(
-    "dtype, gate, sink",
+    "dtype, gate, sink, window, lengths",
     [
-        (torch.bfloat16, None, None),
-        (torch.float16, None, torch.float32),
-        (torch.bfloat16, torch.float32, None),
-        (torch.float16, torch.bfloat16, torch.float16),
+        (torch.bfloat16, None, None, None, ()),
+        (torch.float16, None, torch.float32, 1024, ()),
+        (torch.bfloat16, torch.float32, None, None, ()),
+        (torch.bfloat16, torch.float32, None, 1024, ()),
+        (torch.bfloat16, None, torch.float32, None, (LONG,)),
+        (torch.bfloat16, torch.float32, None, None, (LONG,)),
+        (torch.float16, torch.bfloat16, torch.float16, 1024, (LONG,)),
     ],
 )
-def test_compiles(dtype, gate, sink, tmp_path):
+def test_compiles(dtype, gate, sink, window, lengths, tmp_path):
     """What shared memory holds fits, and products run while others are waited for."""
     with compiling(90) as compiled:
-        given = operands(dtype=dtype, gate=gate, sink=sink)
-        hopper_backward.backward(*given, Options(1.0))
+        given = operands(dtype=dtype, gate=gate, sink=sink, lengths=lengths)
+        hopper_backward.backward(*given, Options(1.0, window))
     names = ["rows_kernel", "hopper_backward_kernel", "dq_kernel"]
     if gate is not None:
         names = ["gates_kernel", *names, "gate_kernel"]
@@ -172,9 +179,10 @@ def test_emulated():
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     found = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(found) == 14
-    for case, errors, share in found:
+    assert len(found) == 27
+    for case, errors, behind, share in found:
         assert errors and all(error < 1e-5 for error in errors), (case, errors)
+        assert behind == 0, case
         left_out = "forgetful" in case or "back again" in case or "steep" in case
         assert share < 1 if left_out else share == 1, (case, share)
 
@@ -184,6 +192,10 @@ def test_lengths_share_a_kernel():
         for T in (LONG, LONG + 1, 2 * LONG):
             hopper_backward.backward(*operands(T=T), Options(1.0))
     assert len(compiled) == 3
+    with compiling(90) as compiled:
+        for T in (LONG, LONG + 1, 2 * LONG):
+            hopper_backward.backward(*operands(T=T, lengths=(T // 2, 0)), Options(1.0, T // 4))
+    assert len(compiled) == 3
 
 
 @pytest.mark.parametrize(
@@ -192,7 +204,10 @@ def test_lengths_share_a_kernel():
         ({}, Options(1.0), True),
         ({}, Options(-1.0, LONG), True),
         ({"B": 2, "T": 4097, "HQ": 8}, Options(1.0), True),
-        ({}, Options(1.0, LONG - 1), False),
+        ({}, Options(1.0, 1024), True),
+        ({}, Options(1.0, 1023), False),
+        ({"lengths": (1300, 0, 6892)}, Options(1.0), True),
+        ({"lengths": 17 * (0,)}, Options(1.0), False),
         ({"T": 4095, "H": 32}, Options(1.0), False),
         ({"T": 4096}, Options(1.0), False),
         ({"D": 96}, Options(1.0), False),
@@ -203,12 +218,6 @@ def test_lengths_share_a_kernel():
 )
 def test_who_gets_it(sizes, options, takes):
     assert chosen(*operands(**sizes), options) == ("hopper" if takes else "triton")
-
-
-def test_packed_sequences_go_to_triton():
-    given = list(operands())
-    given[6] = torch.tensor([0, LONG])
-    assert chosen(*given, Options(1.0)) == "triton"
 
 
 def test_what_begins_anywhere_goes_to_triton():

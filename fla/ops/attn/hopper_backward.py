@@ -40,11 +40,12 @@ from fla.ops.common.hopper import descriptor
 from fla.ops.common.kernels import cdiv, dense
 from fla.ops.common.launch import launch
 
-# Shorter calls, calls of fewer blocks of keys and of sequences that are shorter on average have not
-# been measured
+# Shorter calls, calls of fewer blocks of keys, of sequences that are shorter on average and of
+# narrower windows have not been measured
 SHORTEST = 4096
 FEWEST = 512
 MEAN = 512
+NARROWEST = 1024
 HEAD = 128
 # Heads of a program that sums a gate's gradient: it writes them side by side.
 _HEADS = 16
@@ -179,7 +180,7 @@ def dq_kernel(
 
 def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     """Return the gradients of q, k, v, g and the sink."""
-    if _takes(q, v, cu_seqlens):
+    if _takes(q, v, cu_seqlens, options.window_size):
         signed, scale = portable.rising(q, options.scale)
         tensors = dense(do, signed, k, v, o)
         if all(x.data_ptr() % 16 == 0 for x in tensors):
@@ -192,13 +193,14 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     return portable.backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options)
 
 
-def _takes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> bool:
+def _takes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None) -> bool:
     B, T, H, V = v.shape
     return (
         q.shape[-1] == V == HEAD
         and T >= SHORTEST
         and cdiv(T, KEYS.value) * H * B >= FEWEST
         and (cu_seqlens is None or T >= MEAN * (cu_seqlens.shape[0] - 1))
+        and (window is None or window >= NARROWEST)
     )
 
 
