@@ -19,7 +19,7 @@ from fla.ops.attn.engine import Options
 
 LONG = 8192
 # What a thread may leave in memory between steps: addresses, but no block
-SCRAPS = 200
+SCRAPS = 160
 # Triton's kernels run in its interpreter, that for Hopper over a stand-in for Gluon
 EMULATED = """
 import itertools, json, torch

@@ -157,12 +157,14 @@ def clear(tile, live):
     # rows that the tile's layout repeats after
     PART: gl.constexpr = 8
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
+    o_r = gl.arange(0, PART, gl.SliceLayout(1, LAYOUT))[:, None]
     for at in gl.static_range(0, ROWS, PART):
         if at + PART > live:
             part = tile.slice(at, PART)
-            b = part.load(LAYOUT)
-            o_r = at + gl.arange(0, PART, gl.SliceLayout(1, LAYOUT))
-            part.store(gl.where((o_r < live)[:, None], b, gl.zeros_like(b)))
+            b = gl.zeros([PART, D], tile.dtype, LAYOUT)
+            if at < live:
+                b = gl.where(at + o_r < live, part.load(LAYOUT), b)
+            part.store(b)
 
 
 @gluon.jit
