@@ -152,7 +152,8 @@ def dq_kernel(
     With gates also subtracts what their tokens have as keys from their row_sums, and adds that up.
     Zero for tokens behind the last sequence, and then dk and dv too.
     """
-    i_h, n, i_s, bos, length, live = own(cu_seqlens, tl.program_id(0), N, T, H * G, BM, False)
+    # the last blocks first, whose sums the second-level cache still has
+    i_h, n, i_s, bos, length, live = own(cu_seqlens, tl.program_id(0), N, T, H * G, BM, True)
     if i_s * BM >= length:
         return
     block = (i_h * intervals + first_slot(cu_seqlens, bos, n, T, SPAN)) * (SPAN // BM) + i_s
