@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,8 @@ LONG = 8192
 SCRAPS = 160
 # Triton's kernels run in its interpreter, that for Hopper over a stand-in for Gluon
 EMULATED = """
-import json, torch
+import itertools, json, torch
+from unittest import mock
 from emulated_gluon import TensorDescriptor, Value, emulated
 from fla.ops.attn import blocks, eager, hopper_backward as stage
 from fla.ops.attn.engine import Options
@@ -33,7 +35,7 @@ with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, h
     keys.power = lambda x: Value(torch.exp2(x.x))
 stage.hopper_backward_kernel, stage.descriptor = keys.hopper_backward_kernel, hopper.descriptor
 stage.TensorDescriptor = TensorDescriptor
-stage.SHORTEST = stage.FEWEST = 1
+stage.SHORTEST = stage.FEWEST = stage.MEAN = stage.NARROWEST = 1
 
 products = 0
 start = keys.product_with_keys
@@ -42,6 +44,9 @@ def counted(*arguments):
     products += 1
     return start(*arguments)
 keys.product_with_keys = counted
+
+def poison(x):
+    return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(-1)
 
 def back_again(g):  # what some forget, others see again
     g = torch.full_like(g, -0.4)
@@ -56,57 +61,98 @@ gates = {
     "steep": lambda g: torch.where(torch.arange(g.shape[1])[:, None] % 37 > 0, g / 1e3, -1e4),
     "back again": back_again,
 }
-for (B, T, HQ, H), gate, sink in (
-    ((1, 1, 1, 1), "none", False), ((2, 15, 2, 1), "none", False), ((1, 64, 2, 2), "none", True),
-    ((2, 65, 2, 1), "none", False), ((2, 127, 2, 1), "none", True), ((1, 300, 4, 2), "none", False),
-    ((1, 1, 2, 1), "mild", True), ((1, 64, 2, 1), "mild", False), ((2, 129, 2, 1), "mild", True),
-    ((1, 300, 4, 2), "mild", False), ((1, 260, 2, 1), "steep", False),
-    ((1, 700, 2, 1), "growing", True), ((1, 700, 2, 1), "forgetful", False),
-    ((1, 1000, 2, 1), "back again", False),
+packed = 0, 130, 0, 1, 70, 0
+for (B, T, HQ, H), gate, sink, window, lengths in (
+    ((1, 1, 1, 1), "none", False, None, ()), ((2, 15, 2, 1), "none", False, None, ()),
+    ((1, 64, 2, 2), "none", True, None, ()), ((2, 65, 2, 1), "none", False, None, ()),
+    ((2, 127, 2, 1), "none", True, None, ()), ((1, 300, 4, 2), "none", False, None, ()),
+    ((1, 1, 2, 1), "mild", True, None, ()), ((1, 64, 2, 1), "mild", False, None, ()),
+    ((2, 129, 2, 1), "mild", True, None, ()), ((1, 300, 4, 2), "mild", False, None, ()),
+    ((1, 260, 2, 1), "steep", False, None, ()), ((1, 700, 2, 1), "growing", True, None, ()),
+    ((1, 700, 2, 1), "forgetful", False, None, ()),
+    ((1, 1000, 2, 1), "back again", False, None, ()),
+    ((2, 200, 2, 1), "none", False, 2, ()), ((1, 300, 4, 2), "none", True, 64, ()),
+    ((1, 513, 2, 1), "none", False, 129, ()), ((1, 513, 2, 1), "none", False, 190, ()),
+    ((2, 260, 2, 1), "mild", True, 70, ()), ((1, 700, 2, 1), "mild", False, 256, ()),
+    ((1, 700, 2, 1), "forgetful", False, 500, ()),
+    ((1, 201, 2, 1), "none", False, None, packed), ((1, 270, 2, 1), "none", True, 50, packed),
+    ((1, 330, 2, 1), "none", False, None, (0, 0, 256, 0)),
+    ((1, 330, 4, 2), "mild", True, None, packed),
+    ((1, 500, 2, 1), "mild", False, 90, (1, 300, 2, 129)),
+    ((1, 901, 2, 1), "forgetful", True, None, (200, 700)),
 ):
     torch.manual_seed(T)
+    live = sum(lengths) if lengths else T
     do, q = torch.randn(2, B, T, HQ, 128)
     k, v = torch.randn(2, B, T, H, 128)
     sink_bias = torch.randn(HQ) if sink else None
-    given = q, k, v, gates[gate](torch.randn(B, T, HQ)), sink_bias, None
-    o, lse = eager.forward(*given, Options(0.1))
-    expected = eager.backward(do, *given, o, lse, Options(0.1))
+    g = gates[gate](torch.randn(B, T, HQ))
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)]) if lengths else None
+    options = Options(0.1, window)
+
+    def cut(x):
+        return None if x is None else x[:, :live]
+
+    given = *map(cut, (q, k, v, g)), sink_bias, bounds
+    o, lse = eager.forward(*given, options)
+    expected = eager.backward(cut(do), *given, o, lse, options)
+    # neither what lies behind the last sequence nor what is not written may show
+    for x in (do, q, k, v, *(() if g is None else (g,))):
+        x[:, live:] = torch.nan
+    o = torch.nn.functional.pad(o, (0, 0, 0, 0, 0, T - live), value=torch.nan)
+    lse = torch.nn.functional.pad(lse, (0, T - live), value=torch.nan)
     products = 0
-    found = stage.backward(do, *given, o, lse.contiguous(), Options(0.1))
+    with mock.patch.object(torch, "empty_like", lambda x, **_: poison(x.clone())):
+        found = stage.backward(do, q, k, v, g, sink_bias, bounds, o, lse.contiguous(), options)
     # of each step, in both partitions, and one at their ends
-    blocks_of = range(0, T, 128)
-    most = sum(HQ * B * -(-(T - j) // 64) for j in blocks_of)
-    steps = products // 2 - len(blocks_of) * B * H
+    sizes = lengths or B * (T,)
+    programs = sum(-(-size // 128) for size in sizes)
+    pairs = sum(
+        i // 128 + 1 - max(i - (window or T) + 1, 0) // 128
+        for size in sizes
+        for i in range(0, size, 64)
+    )
+    steps = products // 2 - programs * H
     # the only key of one token has no gradient
-    pairs = list(zip(found, expected))[2 if T == 1 else 0 :]
-    errors = [relative_error(x, y) for x, y in pairs]
-    print(json.dumps([f"{B, T, HQ, H} {gate}", errors, steps / most]), flush=True)
+    errors = [
+        relative_error(cut(x) if y.dim() > 1 else x, y)
+        for x, y in list(zip(found, expected))[2 if live == 1 else 0 :]
+    ]
+    behind = sum(float(x[:, live:].abs().sum()) for x in found if x.dim() > 1)
+    case = f"{B, T, HQ, H} {gate} {window} {lengths}"
+    print(json.dumps([case, errors, behind, steps / max(pairs * HQ, 1)]), flush=True)
 """
 
 
-def operands(B=1, T=LONG, HQ=32, H=8, D=128, dtype=torch.bfloat16, gate=None, sink=None):
+def operands(
+    B=1, T=LONG, HQ=32, H=8, D=128, dtype=torch.bfloat16, gate=None, sink=None, lengths=()
+):
     """do, q, k, v, then what a call may have beside them, o and lse."""
     q = torch.empty(B, T, HQ, D, dtype=dtype)
     k = torch.empty(B, T, H, D, dtype=dtype)
     g = None if gate is None else torch.empty(B, T, HQ, dtype=gate)
     sink_bias = None if sink is None else torch.empty(HQ, dtype=sink)
-    return q, q, k, k, g, sink_bias, None, q, torch.empty(B, HQ, T)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)]) if lengths else None
+    return q, q, k, k, g, sink_bias, bounds, q, torch.empty(B, HQ, T)
 
 
 @pytest.mark.parametrize(
-    "dtype, gate, sink",
+    "dtype, gate, sink, window, lengths",
     [
-        (torch.bfloat16, None, None),
-        (torch.float16, None, torch.float32),
-        (torch.bfloat16, torch.float32, None),
-        (torch.float16, torch.bfloat16, torch.float16),
+        (torch.bfloat16, None, None, None, ()),
+        (torch.float16, None, torch.float32, 1024, ()),
+        (torch.bfloat16, torch.float32, None, None, ()),
+        (torch.bfloat16, torch.float32, None, 1024, ()),
+        (torch.bfloat16, None, torch.float32, None, (LONG,)),
+        (torch.bfloat16, torch.float32, None, None, (LONG,)),
+        (torch.float16, torch.bfloat16, torch.float16, 1024, (LONG,)),
     ],
 )
-def test_compiles(dtype, gate, sink, tmp_path):
+def test_compiles(dtype, gate, sink, window, lengths, tmp_path):
     """What shared memory holds fits, and products run while others are waited for."""
     with compiling(90) as compiled:
-        given = operands(dtype=dtype, gate=gate, sink=sink)
-        hopper_backward.backward(*given, Options(1.0))
+        given = operands(dtype=dtype, gate=gate, sink=sink, lengths=lengths)
+        hopper_backward.backward(*given, Options(1.0, window))
     names = ["rows_kernel", "hopper_backward_kernel", "dq_kernel"]
     if gate is not None:
         names = ["gates_kernel", *names, "gate_kernel"]
@@ -133,9 +179,10 @@ def test_emulated():
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     found = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(found) == 14
-    for case, errors, share in found:
+    assert len(found) == 27
+    for case, errors, behind, share in found:
         assert errors and all(error < 1e-5 for error in errors), (case, errors)
+        assert behind == 0, case
         left_out = "forgetful" in case or "back again" in case or "steep" in case
         assert share < 1 if left_out else share == 1, (case, share)
 
@@ -145,6 +192,10 @@ def test_lengths_share_a_kernel():
         for T in (LONG, LONG + 1, 2 * LONG):
             hopper_backward.backward(*operands(T=T), Options(1.0))
     assert len(compiled) == 3
+    with compiling(90) as compiled:
+        for T in (LONG, LONG + 1, 2 * LONG):
+            hopper_backward.backward(*operands(T=T, lengths=(T // 2, 0)), Options(1.0, T // 4))
+    assert len(compiled) == 3
 
 
 @pytest.mark.parametrize(
@@ -153,7 +204,10 @@ def test_lengths_share_a_kernel():
         ({}, Options(1.0), True),
         ({}, Options(-1.0, LONG), True),
         ({"B": 2, "T": 4097, "HQ": 8}, Options(1.0), True),
-        ({}, Options(1.0, LONG - 1), False),
+        ({}, Options(1.0, 1024), True),
+        ({}, Options(1.0, 1023), False),
+        ({"lengths": (1300, 0, 6892)}, Options(1.0), True),
+        ({"lengths": 17 * (0,)}, Options(1.0), False),
         ({"T": 4095, "H": 32}, Options(1.0), False),
         ({"T": 4096}, Options(1.0), False),
         ({"D": 96}, Options(1.0), False),
@@ -164,12 +218,6 @@ def test_lengths_share_a_kernel():
 )
 def test_who_gets_it(sizes, options, takes):
     assert chosen(*operands(**sizes), options) == ("hopper" if takes else "triton")
-
-
-def test_packed_sequences_go_to_triton():
-    given = list(operands())
-    given[6] = torch.tensor([0, LONG])
-    assert chosen(*given, Options(1.0)) == "triton"
 
 
 def test_what_begins_anywhere_goes_to_triton():

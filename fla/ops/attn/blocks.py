@@ -161,6 +161,14 @@ def own(cu_seqlens, i, N, T, HEADS: tl.constexpr, BLOCK, LAST_FIRST: tl.constexp
 
 
 @triton.jit
+def place_of(cu_seqlens, n, bos):
+    """The row of a sequence in memory, and its first token there."""
+    if cu_seqlens is None:
+        return n, bos * 0
+    return n * 0, bos
+
+
+@triton.jit
 def along_time(cu_seqlens, bos, i_h, T, HEADS: tl.constexpr):
     """Where a sequence begins in a tensor [B, HEADS, T]."""
     at = i_h.to(tl.int64) * T
@@ -211,6 +219,12 @@ def sees(o_i, o_j, window):
     else:
         m = (o_i - o_j).to(tl.uint32, bitcast=True) < window.to(tl.uint32)
     return m
+
+
+@triton.jit
+def first_interval_seen(i, window):
+    """The interval of the first key that query i sees."""
+    return tl.maximum(i - window + 1, 0) // SPAN
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The softmax engine's backward on Hopper: what goes before and after ``hopper_keys``; who gets it.
 
-With gates, a block of queries needs the keys from an interval on: it is known before any product,
-from the bound of ``blocks.first_interval_needed``, and no program comes to blocks without need.
+With gates or a window, a block of queries needs the keys from an interval on: it is known before
+any product, with gates from the bound of ``blocks.first_interval_needed``, and no program comes to
+blocks without need.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ from fla.ops.attn.blocks import (
     SEARCH,
     SPAN,
     Call,
+    along_time,
     first_interval_needed,
+    first_interval_seen,
+    first_slot,
     gate_marks,
     gate_sums,
     gates,
     largest_norm,
+    own,
+    put_tile,
     tile,
 )
 from fla.ops.attn.hopper_keys import hopper_backward_kernel
@@ -34,25 +40,15 @@ from fla.ops.common.hopper import descriptor
 from fla.ops.common.kernels import cdiv, dense
 from fla.ops.common.launch import launch
 
-# Shorter calls, and calls of fewer blocks of keys, have not been measured
+# Shorter calls, calls of fewer blocks of keys, of sequences that are shorter on average and of
+# narrower windows have not been measured
 SHORTEST = 4096
 FEWEST = 512
+MEAN = 512
+NARROWEST = 1024
 HEAD = 128
 # Heads of a program that sums a gate's gradient: it writes them side by side.
 _HEADS = 16
-
-
-@triton.jit
-def query_block(i, N, T, HQ: tl.constexpr, BM: tl.constexpr):
-    """What program i owns, a block i_s of BM queries of a head and sequence; and its number.
-
-    Blocks of a head and sequence are counted to the end of its last interval.
-    """
-    blocks = tl.cdiv(T, BM)
-    i_h = i % HQ
-    i_s = i // HQ % blocks
-    n = i // HQ // blocks
-    return i_h, i_s, n, (i_h * N + n) * tl.cdiv(T, SPAN) * (SPAN // BM) + i_s
 
 
 @triton.jit
@@ -62,45 +58,53 @@ def in_two(x):
     return high, (x - high).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["N", "T", "intervals"])
+@triton.jit(do_not_specialize=["window", "N", "T", "intervals"])
 def rows_kernel(
-    q, o, do, lse, sums, marks, rows, keys, turns, needed, latest, row_sums, column_sums,
-    scale, floor, N, T, intervals,
+    q, o, do, lse, sink, sums, marks, cu_seqlens, rows, keys, turns, needed, latest, row_sums,
+    column_sums, dsink, scale, floor, window, N, T, intervals,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """What is to be known of BM queries of one head; and zeros, where sums are to come.
 
     Reads o and do [BM, D] and lse [BM].  Writes −lse and Δ to rows [blocks, 2, BM], and the first
-    block of keys that is needed to turns.  What is behind T weighs nothing.
+    block of keys that is needed to turns; what the queries give to the sink's gradient,
+    −Σ exp(sink − lse) Δ, to dsink.  What is behind their sequence weighs nothing.
 
     With gates rows are [blocks, 2, 4, BM]: for keys of the same interval −lse, Δ, since and rest;
-    for others since − lse, Δ, and in two floats the sum of all gates before the interval.  To keys
+    for others since − lse, Δ, in two floats the sum of all gates before the interval, and beside
+    the first one the bits of the first query's number.  To keys
     [intervals, 2, 2, SPAN] goes what the interval's keys bring along: since and rest, or until and,
     as its first two floats, the sum of all gates to the interval's end.  Which keys are needed also
     goes to needed and to latest, see ``hopper_steps.new_steps``.
     """
-    i_h, i_s, n, block = query_block(tl.program_id(0), N, T, H * G, BM)
+    i_h, n, i_s, bos, _length, live = own(cu_seqlens, tl.program_id(0), N, T, H * G, BM, False)
+    if i_s * BM >= live:
+        return
+    slot = first_slot(cu_seqlens, bos, n, T, SPAN)
+    block = (i_h * intervals + slot) * (SPAN // BM) + i_s
     o_m = tl.arange(0, BM)
     o_i = i_s * BM + o_m
-    m_i = o_i < T
-    row = n.to(tl.int64) * T + i_s * BM
-    at = row * (H * G * D) + i_h * D
+    m_i = o_i < live
+    at = (bos.to(tl.int64) + i_s * BM) * (H * G * D) + i_h * D
     b_o = tile(o + at, o_m, m_i, H * G * D, D, D).to(tl.float32)
     b_do = tile(do + at, o_m, m_i, H * G * D, D, D).to(tl.float32)
     b_delta = tl.sum(b_o * b_do, 1)
-    p_lse = lse + (n * (H * G) + i_h).to(tl.int64) * T
+    p_lse = lse + along_time(cu_seqlens, bos, i_h, T, H * G)
     b_lse = tl.load(p_lse + o_i, mask=m_i, other=float("inf")) * LOG2E
+    if sink is not None:
+        b_share = tl.exp2(tl.load(sink + i_h).to(tl.float32) * LOG2E - b_lse)
+        tl.store(dsink + tl.program_id(0), -tl.sum(b_share * b_delta, 0))
     SIZE: tl.constexpr = 2 * BM if sums is None else 8 * BM
     p_rows = rows + block.to(tl.int64) * SIZE + o_m
     tl.store(p_rows, -b_lse)
     tl.store(p_rows + BM, b_delta)
-    p_sums = block.to(tl.int64) * BM + o_m
-    if row_sums is not None:
-        tl.store(row_sums + p_sums, tl.zeros([BM], tl.float32))
     first = i_s * 0
+    if window is not None:
+        first = first_interval_seen(i_s * BM, window)
     if sums is not None:
+        p_sums = block.to(tl.int64) * BM + o_m
+        tl.store(row_sums + p_sums, tl.zeros([BM], tl.float32))
         tl.store(column_sums + p_sums, tl.zeros([BM], tl.float32))
-        slot = n * tl.cdiv(T, SPAN)
         i_i = i_s // (SPAN // BM)
         p_since, p_rest, p_until = gate_sums(sums, i_h, slot, intervals, H * G)
         p_total, p_rise, p_norm = gate_marks(marks, i_h, i_h // G, slot, intervals, H * G)
@@ -116,7 +120,8 @@ def rows_kernel(
         tl.store(p_rows + 3 * BM, tl.load(p_rest + o_i))
         tl.store(p_rows + 4 * BM, b_reach)
         tl.store(p_rows + 5 * BM, b_delta)
-        tl.store(p_rows + 6 * BM, high + tl.zeros([BM], tl.float32))
+        b_place = (i_s * BM + 0 * o_m).to(tl.float32, bitcast=True)
+        tl.store(p_rows + 6 * BM, tl.where(o_m == 1, b_place, high))
         tl.store(p_rows + 7 * BM, low + tl.zeros([BM], tl.float32))
         if i_s % (SPAN // BM) == 0:
             o_j = tl.arange(0, SPAN)
@@ -127,73 +132,76 @@ def rows_kernel(
             tl.store(p_keys + 2 * SPAN, tl.load(p_until + i_i * SPAN + o_j))
             tl.store(p_keys + 3 * SPAN, tl.where(o_j == 0, high, low))
         norm = largest_norm(tile(q + at, o_m, m_i, H * G * D, D, D)) * scale
-        first = first_interval_needed(p_total, p_rise, p_norm, i_i, norm, tl.max(b_reach, 0), floor)
+        reach = tl.max(b_reach, 0)
+        gated = first_interval_needed(p_total, p_rise, p_norm, i_i, norm, reach, floor)
+        first = tl.maximum(first, gated)
         tl.store(needed + block, first)
-        p_latest = latest + (n * H + i_h // G) * tl.cdiv(T, SPAN) + first
+        p_latest = latest + i_h // G * intervals + slot + first
         tl.atomic_max(p_latest, i_s, sem="relaxed")
-        tl.atomic_add(p_latest + N * H * tl.cdiv(T, SPAN), 1, sem="relaxed")
+        tl.atomic_add(p_latest + H * intervals, 1, sem="relaxed")
     tl.store(turns + block, first)
 
 
-@triton.jit(do_not_specialize=["N", "T"])
+@triton.jit(do_not_specialize=["N", "T", "intervals", "blocks"])
 def dq_kernel(
-    sums, rows, row_sums, column_sums, sink, dq, dgate_sum, dsink, scale, N, T,
-    HQ: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    sums, row_sums, column_sums, cu_seqlens, dq, dk, dv, dgate_sum, scale, N, T, intervals, blocks,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """dq of BM queries of one head, from sums [blocks, BM · BK] as ``hopper_keys.offer`` has them.
+    """dq of BM queries of one head, from sums [blocks, BM · D] as ``hopper_keys.offer`` has them.
 
     With gates also subtracts what their tokens have as keys from their row_sums, and adds that up.
+    Zero for tokens behind the last sequence, and then dk and dv too.
     """
-    i_h, i_s, n, block = query_block(tl.program_id(0), N, T, HQ, BM)
-    b_dq = tl.load(sums + block.to(tl.int64) * (BM * BK) + tl.arange(0, BM * BK))
-    W: tl.constexpr = BK // 2
-    b_dq = b_dq.reshape([2, W // 8, 4, 8, 4, 2, 2]).permute((2, 5, 3, 0, 1, 4, 6)).reshape([BM, BK])
+    # the last blocks first, whose sums the second-level cache still has
+    i_h, n, i_s, bos, length, live = own(cu_seqlens, tl.program_id(0), N, T, H * G, BM, True)
+    if i_s * BM >= length:
+        return
+    block = (i_h * intervals + first_slot(cu_seqlens, bos, n, T, SPAN)) * (SPAN // BM) + i_s
+    p_sums = sums + block.to(tl.int64) * (BM * D)
+    b_dq = tl.load(p_sums + tl.arange(0, BM * D), mask=live > 0, other=0.0)
+    W: tl.constexpr = D // 2
+    b_dq = b_dq.reshape([2, W // 8, 4, 8, 4, 2, 2]).permute((2, 5, 3, 0, 1, 4, 6)).reshape([BM, D])
     o_m = tl.arange(0, BM)
-    o_i = i_s * BM + o_m
-    o_d = tl.arange(0, BK)
-    at = ((n.to(tl.int64) * T + o_i)[:, None] * HQ + i_h) * K + o_d[None, :]
-    m = (o_i < T)[:, None] & (o_d < K)[None, :]
-    tl.store(dq + at, (b_dq * scale).to(dq.dtype.element_ty), mask=m)
+    m_i = i_s * BM + o_m < length
+    row = bos.to(tl.int64) + i_s * BM
+    put_tile(dq + (row * (H * G) + i_h) * D, b_dq * scale, o_m, m_i, H * G * D, D, D)
+    if cu_seqlens is not None:
+        if (live == 0) & (i_h % G == 0):
+            at = (row * H + i_h // G) * D
+            put_tile(dk + at, tl.zeros([BM, D], tl.float32), o_m, m_i, H * D, D, D)
+            put_tile(dv + at, tl.zeros([BM, D], tl.float32), o_m, m_i, H * D, D, D)
     if row_sums is not None:
-        p_row = row_sums + block.to(tl.int64) * BM + o_m
-        b_row = tl.load(p_row)
-    if sink is not None:
-        p_rows = rows + block.to(tl.int64) * SIZE + o_m
-        b_delta = tl.load(p_rows + BM)
-        # as in ``backward_queries``
-        b_share = tl.exp2(tl.load(sink + i_h).to(tl.float32) * LOG2E + tl.load(p_rows))
-        b_dsink = -b_share * (b_row + (1.0 - b_share) * b_delta)
-        tl.store(dsink + tl.program_id(0), tl.sum(b_dsink, 0))
-    if column_sums is not None:
-        b_row -= tl.load(column_sums + block.to(tl.int64) * BM + o_m)
-        tl.store(p_row, b_row)
-        blocks = tl.cdiv(T, BM)
-        tl.store(dgate_sum + (i_h * N + n) * blocks + i_s, tl.sum(b_row, 0))
+        at = block.to(tl.int64) * BM + o_m
+        b_row = tl.load(row_sums + at, mask=live > 0, other=0.0)
+        b_row -= tl.load(column_sums + at, mask=live > 0, other=0.0)
+        tl.store(row_sums + at, b_row)
+        p_sum = dgate_sum + i_h * blocks + first_slot(cu_seqlens, bos, n, T, BM) + i_s
+        tl.store(p_sum, tl.sum(b_row, 0))
 
 
 def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     """Return the gradients of q, k, v, g and the sink."""
-    if cu_seqlens is None and _takes(q, v, options):
+    if _takes(q, v, cu_seqlens, options.window_size):
         signed, scale = portable.rising(q, options.scale)
         tensors = dense(do, signed, k, v, o)
         if all(x.data_ptr() % 16 == 0 for x in tensors):
-            g, sink_bias = dense(g, sink_bias)
-            call = Call(q, v, None, scale, None)
-            marks = gates(call, g, tensors[2], None)
-            dq, dk, dv, *more = run_backward(call, *tensors, lse, g, *marks, sink_bias)
+            g, sink_bias, cu_seqlens = dense(g, sink_bias, cu_seqlens)
+            call = Call(q, v, cu_seqlens, scale, options.window_size)
+            marks = gates(call, g, tensors[2], cu_seqlens)
+            dq, dk, dv, *more = run_backward(call, *tensors, lse, g, *marks, sink_bias, cu_seqlens)
             dq = dq if scale == options.scale else dq.neg_()
             return dq, dk, dv, *(absent(q) if x is None else x for x in more)
     return portable.backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options)
 
 
-def _takes(q: Tensor, v: Tensor, options) -> bool:
+def _takes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None) -> bool:
     B, T, H, V = v.shape
-    window = options.window_size
     return (
         q.shape[-1] == V == HEAD
         and T >= SHORTEST
         and cdiv(T, KEYS.value) * H * B >= FEWEST
-        and (window is None or window >= T)
+        and (cu_seqlens is None or T >= MEAN * (cu_seqlens.shape[0] - 1))
+        and (window is None or window >= NARROWEST)
     )
 
 
@@ -203,12 +211,12 @@ def _lines(x: Tensor) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, 1, x.shape[-1]], layout)
 
 
-def run_backward(call: Call, do, q, k, v, o, lse, g, gates, marks, sink):
+def run_backward(call: Call, do, q, k, v, o, lse, g, gates, marks, sink, cu_seqlens):
     """Launch the kernels: dq, dk, dv, dg and the sink's gradient, None for what there is not."""
-    B, T, HQ, D = q.shape
+    HQ, D = q.shape[2:]
     H = v.shape[2]
     block, keys = ROWS.value, KEYS.value
-    blocks, programs = B * cdiv(T, block), cdiv(T, keys) * H * B
+    blocks, programs = call.blocks(block), call.intervals * H
     numbered = HQ * call.intervals * (keys // block)
     # how many floats a block of queries has in rows, and how many of them a step reads
     size, part = (2 * block, 2 * block) if g is None else (8 * block, 4 * block)
@@ -216,28 +224,30 @@ def run_backward(call: Call, do, q, k, v, o, lse, g, gates, marks, sink):
     rows = lse.new_empty(numbered * size // part, 1, 1, part)
     sums = lse.new_empty(numbered, block * D)
     turns = torch.empty(numbered, device=q.device, dtype=torch.int32)
-    # the next ticket, and beside it, as far as kernels want it, what counts queries
+    # the next ticket, and beside it, where there are gates, what counts queries
     counters = turns.new_zeros(4 if g is None else 4 + 2 * programs)
     pairs = needed = latest = row_sums = column_sums = dg = dgate_sum = dsink = None
-    if g is not None or sink is not None:
-        row_sums = lse.new_empty(numbered * block)
     if g is not None:
         pairs = lse.new_empty(HQ * call.intervals * 2, 1, 1, 2 * keys)
         needed = torch.empty_like(turns)
         latest = counters[4:]
-        column_sums = lse.new_empty(numbered * block)
+        row_sums = lse.new_empty(numbered * block)
+        column_sums = torch.empty_like(row_sums)
         dg = torch.empty_like(g)
         dgate_sum = lse.new_empty(HQ, blocks)
     if sink is not None:
-        dsink = lse.new_empty(blocks, HQ)
+        dsink = lse.new_zeros(blocks, HQ)  # slots may stay empty
+    numbers = call.window, call.N, call.T, call.intervals
+    constants = {"H": H, "G": HQ // H, "D": D, "BM": block}
     launch(
         rows_kernel,
         blocks * HQ,
         (
-            q, o, do, lse, gates, marks, rows, pairs, turns, needed, latest, row_sums, column_sums,
+            q, o, do, lse, sink, gates, marks, cu_seqlens, rows, pairs, turns, needed, latest,
+            row_sums, column_sums, dsink,
         ),
-        (call.scale, call.floor, B, T, call.intervals),
-        {"H": H, "G": HQ // H, "D": D, "BM": block},
+        (call.scale, call.floor, *numbers),
+        constants,
     )  # fmt: skip
     scale = call.scale / LOG2E.value
     with torch.cuda.device_of(q):
@@ -246,22 +256,22 @@ def run_backward(call: Call, do, q, k, v, o, lse, g, gates, marks, sink):
             _lines(rows),
             None if pairs is None else _lines(pairs),
             *(descriptor(x, block, D) for x in (dk, dv)),
-            sums, turns, counters, needed, latest, row_sums, column_sums,
-            call.scale, scale, B, T, H, HQ // H, num_warps=4,
+            dk, dv, sums, turns, counters, needed, latest, row_sums, column_sums, cu_seqlens,
+            call.scale, scale, *numbers, H, HQ // H, num_warps=4,
         )  # fmt: skip
     launch(
         dq_kernel,
         blocks * HQ,
-        (sums, rows, row_sums, column_sums, sink, dq, dgate_sum, dsink),
-        (scale, B, T),
-        {"HQ": HQ, "K": D, "SIZE": size, "BM": block, "BK": D},
+        (sums, row_sums, column_sums, cu_seqlens, dq, dk, dv, dgate_sum),
+        (scale, call.N, call.T, call.intervals, blocks),
+        constants,
     )
     if g is not None:
         launch(
             gate_kernel,
             blocks * cdiv(HQ, _HEADS),
-            (row_sums, dgate_sum, None, dg),
-            (B, T, call.intervals, blocks),
+            (row_sums, dgate_sum, cu_seqlens, dg),
+            (call.N, call.T, call.intervals, blocks),
             {"HQ": HQ, "BN": block, "BH": _HEADS},
         )
     if dsink is not None:

@@ -31,6 +31,7 @@ from fla.ops.attn.blocks import (
     gates_within,
     largest_norm,
     own,
+    place_of,
     sees,
     sequence_at,
     tile,
@@ -134,14 +135,6 @@ def tile_at(turn, cu_seqlens, N, T, HQ: gl.constexpr):
         i_b = slot - n - gl.load(cu_seqlens + n).to(gl.int32) // BLOCK
     bos, length, live = sequence(cu_seqlens, n, N, T, T)
     return i_h, n, i_b, bos, length, live
-
-
-@gluon.jit
-def place_of(cu_seqlens, n, bos):
-    """The row of a sequence in memory, and its first token there."""
-    if cu_seqlens is None:
-        return n, bos * 0
-    return n * 0, bos
 
 
 @gluon.jit

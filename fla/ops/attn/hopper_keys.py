@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fla.ops.attn.blocks import sees
 from fla.ops.attn.hopper_steps import (
     KEYS,
     ROWS,
@@ -105,20 +106,74 @@ def power(x):
 
 
 @gluon.jit
-def put(desc, place, tile, value):
-    """Write a consumer's tile through shared memory that nobody else uses."""
-    tile.reshape([tile.shape[1], tile.shape[3]]).store(value)
-    fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(desc, place, tile)
-    tma.store_wait(0)
+def put(i_w: gl.constexpr, desc, p, tile, value, steps, H: gl.constexpr, PACKED: gl.constexpr):
+    """Write a consumer's tile, through shared memory that nobody else uses, to ``desc``, or to p.
+
+    Behind the last token of a PACKED sequence begins another one.
+    """
+    D: gl.constexpr = tile.shape[3]
+    first = steps.j * KEYS + i_w * ROWS
+    left = steps.live - first
+    whole = True
+    if PACKED:
+        whole = left >= ROWS
+        if left < ROWS:
+            o_r = gl.arange(0, ROWS, gl.SliceLayout(1, value.type.layout))
+            o_d = gl.arange(0, D, gl.SliceLayout(0, value.type.layout))
+            row = (steps.bos + first + o_r).to(gl.int64)
+            p_rows = p + row[:, None] * (H * D) + steps.i_h * D + o_d[None, :]
+            gl.store(p_rows, value, mask=(o_r < left)[:, None])
+    if whole:
+        tile.reshape([ROWS, D]).store(value)
+        fence_async_shared()
+        gl.thread_barrier()
+        place = [steps.row, steps.bos + first, steps.i_h, 0]
+        tma.async_copy_shared_to_global(desc, place, tile)
+        tma.store_wait(0)
+
+
+@gluon.jit
+def seen(b_s, o_i, o_j, window):
+    """Logits, without those of keys that a query does not see."""
+    return gl.where(sees(o_i, o_j, window), b_s, float("-inf"))
+
+
+@gluon.constexpr_function
+def shared_out(rows):
+    """Where lanes that had columns of 2 · ``rows`` rows in common have half of them, of two rows.
+
+    [4 warps, 2, rows, ROWS]: a lane gives the other half away, and gets a row beside its own.
+    """
+    columns = [[0, 0, 0, 8], [0, 0, 0, 16], [0, 0, 0, 32]]
+    common = [[0, 0, row, 0] for row in (1, 2) if row < rows]
+    kept = len(common)
+    return gl.DistributedLinearLayout(
+        [[0, 1, 0, 0], [0, 0, 0, 1], *columns[:kept]],
+        [[0, 0, 0, 2], [0, 0, 0, 4], *common, *columns[kept:]],
+        [[1, 0, 0, 0], [2, 0, 0, 0]],
+        [],
+        [4, 2, rows, ROWS.value],
+    )
+
+
+@gluon.jit
+def sums_of_rows(b_ds):
+    """The sums of b_ds [ROWS, ROWS], as products leave it, over the rows of each warp: [4, ROWS].
+
+    Eight lanes have the same columns.  They share them out before they add, 14 exchanges for 48.
+    """
+    b_sum = gl.sum(b_ds.reshape([4, 2, 8, ROWS]), 1)
+    for i in gl.static_range(3):
+        b_sum = b_sum.reshape([4, 2, 4 >> i, ROWS])
+        b_sum = gl.sum(gl.convert_layout(b_sum, shared_out(4 >> i)), 1)
+    return b_sum.reshape([4, ROWS])
 
 
 @gluon.jit
 def meet(
     i_w: gl.constexpr, m, count, b_dk, b_dv, k, v, parts, offered, taken, k_tiles,
     q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read, row_parts,
-    column_parts, steps, scale, NEAR: gl.constexpr,
+    column_parts, window, steps, scale, NEAR: gl.constexpr,
 ):  # fmt: skip
     """Let keys [ROWS i_w, ROWS (i_w + 1)) meet the queries of ``count`` steps.
 
@@ -158,11 +213,19 @@ def meet(
                 b_s += b_near + (rows.slice(3 * ROWS, ROWS, 1).load(PAIRS) - b_1)
             else:
                 b_s += b_0
-        if NEAR:
-            o_i = steps.queries(steps.near() + i) * ROWS
-            o_i += gl.arange(0, ROWS, gl.SliceLayout(0, PAIRS))
+        if NEAR or window is not None:
+            o_i = gl.arange(0, ROWS, gl.SliceLayout(0, PAIRS))[None, :]
             o_j = steps.j * KEYS + i_w * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, PAIRS))
-            b_s = gl.where(o_j[:, None] <= o_i[None, :], b_s, float("-inf"))
+            if NEAR:
+                o_i += steps.queries(steps.near() + i) * ROWS
+                b_s = seen(b_s, o_i, o_j[:, None], window)
+            elif gate_tiles is None:
+                if m < steps.cut(window):
+                    o_i += steps.queries(m) * ROWS
+                    b_s = seen(b_s, o_i, o_j[:, None], window)
+            else:  # which step this is, only its rows say
+                o_i += rows.slice(2 * ROWS + 1, 1, 1).load(PAIRS).to(gl.int32, bitcast=True)
+                b_s = seen(b_s, o_i, o_j[:, None], window)
         b_p = power(b_s)
         b_dp = warpgroup_mma_wait(0, deps=(b_dp,))
         b_dst = b_p * (b_dp - rows.slice(ROWS, ROWS, 1).load(PAIRS))
@@ -175,7 +238,7 @@ def meet(
             tile.store(gl.sum(b_dst, 1))
         if row_parts is not None:
             tile = row_parts.index(m % SUMS).slice(4 * i_w, 4)
-            tile.store(gl.sum(b_dst.reshape([4, ROWS // 4, ROWS]), 1))
+            tile.store(sums_of_rows(b_dst))
         b_dk = warpgroup_mma(b_a, q_ring.tile(m), b_dk, is_async=True)
         wait_before(read, m)
         ds.index(m % DS_STAGES).store(b_ds)
@@ -196,51 +259,52 @@ def meet(
 
 @gluon.jit
 def consume(
-    i_w: gl.constexpr, dk_desc, dv_desc, parts, offered, taken, k_tiles, v_tiles, ready,
+    i_w: gl.constexpr, dk_desc, dv_desc, dk, dv, parts, offered, taken, k_tiles, v_tiles, ready,
     q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read, row_parts,
-    column_parts, steps, scale, dk_scale,
+    column_parts, window, steps, scale, dk_scale, H: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of keys [ROWS i_w, ROWS (i_w + 1)) of the program; of all of them half of dq."""
     D: gl.constexpr = k_tiles.shape[4]
     DTYPE: gl.constexpr = k_tiles.dtype
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    k = k_tiles.index(i_w).reshape([ROWS, D])
-    v = v_tiles.index(i_w).reshape([ROWS, D])
-    b_dk = gl.zeros([ROWS, D], gl.float32, ACC)
-    b_dv = gl.zeros([ROWS, D], gl.float32, ACC)
-    mbarrier.wait(ready, 0)
-    m = steps.j * 0
-    for near in gl.static_range(2):
-        count = steps.far if near == 0 else steps.count() - steps.near()
-        m, b_dk, b_dv = meet(
-            i_w, m, count, b_dk, b_dv, k, v, parts, offered, taken, k_tiles, q_ring, do_ring,
-            row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read, row_parts, column_parts,
-            steps, scale, near == 1,
-        )  # fmt: skip
-    other = ready_1 if i_w == 0 else ready_0
-    b_dq = product_with_keys(i_w, m - 1, True, k_tiles, ds_0, ds_1, other)
-    b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
-    offer(i_w, m - 1, b_dq, parts, offered, taken)
-    # v has been read by all warps
-    place = [steps.i_b, steps.j * KEYS + i_w * ROWS, steps.i_h, 0]
-    put(dv_desc, place, v_tiles.index(i_w), b_dv.to(DTYPE))
-    gl.thread_barrier()
-    put(dk_desc, place, v_tiles.index(i_w), (b_dk * dk_scale).to(DTYPE))
+    if steps.count() > 0:
+        k = k_tiles.index(i_w).reshape([ROWS, D])
+        v = v_tiles.index(i_w).reshape([ROWS, D])
+        b_dk = gl.zeros([ROWS, D], gl.float32, ACC)
+        b_dv = gl.zeros([ROWS, D], gl.float32, ACC)
+        mbarrier.wait(ready.index(0), 0)
+        m = steps.j * 0
+        for near in gl.static_range(2):
+            count = steps.far if near == 0 else steps.count() - steps.near()
+            m, b_dk, b_dv = meet(
+                i_w, m, count, b_dk, b_dv, k, v, parts, offered, taken, k_tiles, q_ring, do_ring,
+                row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read, row_parts, column_parts,
+                window, steps, scale, near == 1,
+            )  # fmt: skip
+        other = ready_1 if i_w == 0 else ready_0
+        b_dq = product_with_keys(i_w, m - 1, True, k_tiles, ds_0, ds_1, other)
+        b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
+        offer(i_w, m - 1, b_dq, parts, offered, taken)
+        # v has been read by all warps
+        put(i_w, dv_desc, dv, v_tiles.index(i_w), b_dv.to(DTYPE), steps, H, PACKED)
+        gl.thread_barrier()
+        b_dk = (b_dk * dk_scale).to(DTYPE)
+        put(i_w, dk_desc, dk, v_tiles.index(i_w), b_dk, steps, H, PACKED)
 
 
-@gluon.jit(do_not_specialize=["B", "T"])
+@gluon.jit(do_not_specialize=["window", "N", "T", "intervals"])
 def hopper_backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, dk_desc, dv_desc, sums, turns, ticket,
-    needed, latest, row_sums, column_sums, scale, dk_scale, B, T,
-    H: gl.constexpr, G: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, dk_desc, dv_desc, dk, dv, sums, turns,
+    ticket, needed, latest, row_sums, column_sums, cu_seqlens, scale, dk_scale, window, N, T,
+    intervals, H: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of KEYS keys of a key head, summed over its G query heads, and their part of dq.
 
     A producer reads k and v [KEYS, D], and of each later block of queries and head q and do
     [ROWS, D], −lse and Δ [ROWS].  Two consumers write dk and dv [ROWS, D]; one warp adds what they
-    give to dq to sums [HQ, B, blocks, ROWS · D], one waits for its turn there, one passes it on.
-    With gates or a sink it also adds Σ_j dS_ij to row_sums [HQ, B, blocks, ROWS], and with gates,
-    which come with the rows, Σ_i dS_ij to column_sums, of the same shape.
+    give to dq to sums [HQ, blocks, ROWS · D], one waits for its turn there, one passes it on.
+    With gates, which come with the rows, it also adds Σ_j dS_ij to row_sums [HQ, blocks, ROWS], and
+    Σ_i dS_ij to column_sums, of the same shape.
     """
     q_tiles = new_tiles(q_desc, STAGES)
     do_tiles = new_tiles(do_desc, STAGES)
@@ -248,8 +312,9 @@ def hopper_backward_kernel(
     gate_tiles: gl.constexpr = None
     if gates_desc is not None:
         gate_tiles = new_tiles(gates_desc, STAGES)
-    q_ready = new_barriers(STAGES, 1)
-    do_ready = new_barriers(STAGES, 1)
+    PACKED: gl.constexpr = cu_seqlens is not None
+    q_ready = new_barriers(STAGES + PACKED, 1)
+    do_ready = new_barriers(STAGES + PACKED, 1)
     empty = new_barriers(STAGES, 2)
     q_ring = Ring(q_tiles, q_ready, empty)
     do_ring = Ring(do_tiles, do_ready, empty)
@@ -278,10 +343,10 @@ def hopper_backward_kernel(
         column_parts = gl.allocate_shared_memory(gl.float32, [SUMS, KEYS], FLAT)
     offered = new_barriers(PARTS, 1)
     taken = new_barriers(PARTS, 1)
-    ready = new_barriers(1, 1).index(0)
+    ready = new_barriers(1 + PACKED, 1)
     fence_async_shared()
     tile = gl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
-    steps = new_steps(tile, latest, B, T, H, G)
+    steps = new_steps(tile, latest, cu_seqlens, window, N, T, intervals, H, G)
     # What partitions are given goes where warps have just read the ticket, or the latest query;
     # for these accesses the compiler places no barrier.
     gl.thread_barrier()
@@ -290,33 +355,33 @@ def hopper_backward_kernel(
             (
                 consume,
                 (
-                    0, dk_desc, dv_desc, parts, offered, taken, k_tiles, v_tiles, ready,
+                    0, dk_desc, dv_desc, dk, dv, parts, offered, taken, k_tiles, v_tiles, ready,
                     q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read,
-                    row_parts, column_parts, steps, scale, dk_scale,
+                    row_parts, column_parts, window, steps, scale, dk_scale, H, PACKED,
                 ),
             ),
             (
                 consume,
                 (
-                    1, dk_desc, dv_desc, parts, offered, taken, k_tiles, v_tiles, ready,
+                    1, dk_desc, dv_desc, dk, dv, parts, offered, taken, k_tiles, v_tiles, ready,
                     q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read,
-                    row_parts, column_parts, steps, scale, dk_scale,
+                    row_parts, column_parts, window, steps, scale, dk_scale, H, PACKED,
                 ),
             ),
             (
                 produce,
                 (
                     q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, k_tiles, v_tiles,
-                    ready, q_ring, do_ring, row_tiles, gate_tiles, needed, steps,
+                    ready, q_ring, do_ring, row_tiles, gate_tiles, needed, window, steps, PACKED,
                 ),
             ),
-            (await_turns, (come, told, turns, needed, steps)),
-            (pass_turns, (added, told, turns, needed, steps)),
+            (await_turns, (come, told, turns, needed, window, steps)),
+            (pass_turns, (added, told, turns, needed, window, steps)),
             (
                 add,
                 (
                     come, added, parts, offered, taken, row_parts, column_parts, row_sums,
-                    column_sums, sums, needed, steps,
+                    column_sums, sums, needed, window, steps,
                 ),
             ),
         ],

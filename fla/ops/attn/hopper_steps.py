@@ -6,11 +6,12 @@ is offered, and one passes the turn on.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
-from fla.ops.attn.blocks import SEARCH, SPAN
+from fla.ops.attn.blocks import SEARCH, SPAN, first_interval_seen, first_slot, place_of, sequence_at
 from fla.ops.common.hopper import along, arrive, wait_before, wait_for
+from fla.ops.common.kernels import sequence
 
 # A step is 64 queries of a head that meet 128 keys, an interval of gates.
 ROWS = gl.constexpr(64)
@@ -28,36 +29,47 @@ LINE = gl.constexpr(512)
 class Steps:
     """What a program goes through: blocks of queries, the last one first, each for G heads.
 
-    Where there are gates, only those that need the program's keys: so many ``far`` ones, and then
-    those that lie in the keys' own interval, up to block ``top``.
+    Only those that need the program's keys: so many ``far`` ones, and then those that lie in the
+    keys' own interval j, up to block ``top``.  The sequence has ``live`` tokens from token ``bos``
+    of ``row`` on, and intervals from ``slot`` on, of the ``intervals`` that a head has.
     """
 
     i_h: gl.tensor
-    i_b: gl.tensor
+    row: gl.tensor
+    bos: gl.tensor
+    live: gl.tensor
+    slot: gl.tensor
     j: gl.tensor
     last: gl.tensor
     top: gl.tensor
     far: gl.tensor
-    B: gl.tensor
-    T: gl.tensor
+    intervals: gl.tensor
     G: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, i_h, i_b, j, last, top, far, B, T, G):
+    def __init__(self, i_h, row, bos, live, slot, j, last, top, far, intervals, G):
         self.i_h = i_h
-        self.i_b = i_b
+        self.row = row
+        self.bos = bos
+        self.live = live
+        self.slot = slot
         self.j = j
         self.last = last
         self.top = top
         self.far = far
-        self.B = B
-        self.T = T
+        self.intervals = intervals
         self.G = gl.constexpr(G)
 
     @gluon.jit
     def count(self):
-        """How many there are, needed or not."""
+        """How many there are, needed or not; none where the interval has no keys."""
         return (self.last + 1 - self.j * (KEYS // ROWS)) * self.G
+
+    @gluon.jit
+    def cut(self, window):
+        """Those far steps, the first ones, whose queries do not see all of the keys."""
+        whole = gl.maximum((self.j * KEYS + window) // ROWS, self.top + 1)
+        return gl.maximum(self.last + 1 - whole, 0) * self.G
 
     @gluon.jit
     def near(self):
@@ -77,7 +89,7 @@ class Steps:
     @gluon.jit
     def interval(self, n):
         """The number of the first interval of step n's head among those of all."""
-        return (self.head(n) * self.B + self.i_b) * gl.cdiv(self.T, KEYS)
+        return self.head(n) * self.intervals + self.slot
 
     @gluon.jit
     def block(self, n):
@@ -85,10 +97,13 @@ class Steps:
         return self.interval(n) * (KEYS // ROWS) + self.queries(n)
 
     @gluon.jit
-    def next(self, n, needed):
+    def next(self, n, needed, window):
         """The first step from n on whose queries need the keys, and the first keys that they do."""
         first = self.j * 0
-        if needed is not None:
+        if needed is None:
+            if window is not None:
+                first = first_interval_seen(self.queries(n) * ROWS, window)
+        else:
             first = gl.load(needed + self.block(n), mask=n < self.count(), other=0)
             while first > self.j:
                 n += 1
@@ -97,52 +112,106 @@ class Steps:
 
 
 @gluon.jit
-def new_steps(tile, latest, B, T, H: gl.constexpr, G: gl.constexpr):
-    """What a program does, which takes a ``tile``: the first keys come first.
+def new_steps(tile, latest, cu_seqlens, window, N, T, intervals, H: gl.constexpr, G: gl.constexpr):
+    """What a program does, which takes a ``tile``: of a sequence, the first keys come first.
 
-    ``latest`` [2, B, H, intervals of keys] says which block of queries is the last that needs no
-    keys before an interval, and how many of all heads there are.
+    ``latest`` [2, H, intervals] says which block of queries is the last that needs no keys before
+    an interval, and how many of all heads there are.
     """
     i_h = tile % H
-    i_b = tile // H % B
-    j = tile // H // B
-    last = gl.cdiv(T, ROWS) - 1
+    if cu_seqlens is None:
+        n = tile // H % N
+        j = tile // H // N
+    else:
+        j = tile // H
+        n = sequence_at(cu_seqlens, j, N, KEYS, gl.arange(0, SEARCH, along(gl.num_warps())))
+        j -= n + gl.load(cu_seqlens + n).to(gl.int32) // KEYS
+    bos, _, live = sequence(cu_seqlens, n, N, T, T)
+    slot = first_slot(cu_seqlens, bos, n, T, KEYS)
+    row, bos = place_of(cu_seqlens, n, bos)
+    last = gl.cdiv(live, ROWS) - 1
     top = gl.minimum((j + 1) * (KEYS // ROWS) - 1, last)
-    far = (last - top) * G
-    if latest is not None:
+    if latest is None:
+        if window is not None:
+            last = gl.minimum(last, (j * KEYS + KEYS - 2 + window) // ROWS)
+        far = (last - top) * G
+    else:
         last = top
         far = -(top + 1) * G
-        intervals = gl.cdiv(T, KEYS)
-        p = latest + (i_b * H + i_h) * intervals
+        p = latest + i_h * intervals + slot
         for at in range(0, j + 1, SEARCH):
             o_x = at + gl.arange(0, SEARCH, along(gl.num_warps()))
-            m_x = o_x <= j
-            last = gl.maximum(last, gl.max(gl.load(p + o_x, mask=m_x, other=0), 0))
-            far += gl.sum(gl.load(p + B * H * intervals + o_x, mask=m_x, other=0), 0)
-    return Steps(i_h, i_b, j, last, top, far, B, T, G)
+            m_x = (o_x <= j) & (live > 0)
+            last = gl.maximum(last, gl.max(gl.load(p + o_x, mask=m_x, other=-1), 0))
+            far += gl.sum(gl.load(p + H * intervals + o_x, mask=m_x, other=0), 0)
+    return Steps(i_h, row, bos, live, slot, j, last, top, far, intervals, G)
+
+
+@gluon.jit
+def clear(tile, live):
+    """Zero what lies behind the first ``live`` rows of a tile [ROWS, D], by one warp.
+
+    It has no weight, but zero times NaN is not zero.
+    """
+    D: gl.constexpr = tile.shape[1]
+    # rows that the tile's layout repeats after
+    PART: gl.constexpr = 8
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
+    o_r = gl.arange(0, PART, gl.SliceLayout(1, LAYOUT))[:, None]
+    for at in gl.static_range(0, ROWS, PART):
+        if at + PART > live:
+            part = tile.slice(at, PART)
+            b = gl.zeros([PART, D], tile.dtype, LAYOUT)
+            if at < live:
+                b = gl.where(at + o_r < live, part.load(LAYOUT), b)
+            part.store(b)
 
 
 @gluon.jit
 def produce(
     q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, k_tiles, v_tiles, ready,
-    q_ring, do_ring, row_tiles, gate_tiles, needed, steps,
+    q_ring, do_ring, row_tiles, gate_tiles, needed, window, steps, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Copy the program's keys and values; then of each step q with its rows and gates, and do."""
-    mbarrier.expect(ready, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
-    for i_w in gl.static_range(2):
-        place = [steps.i_b, steps.j * KEYS + i_w * ROWS, steps.i_h, 0]
-        tma.async_copy_global_to_shared(k_desc, place, ready, k_tiles.index(i_w))
-        tma.async_copy_global_to_shared(v_desc, place, ready, v_tiles.index(i_w))
+    """Copy the program's keys and values; then of each step q with its rows and gates, and do.
+
+    Of PACKED sequences a tile may reach into the next one.  Such copies arrive at the last barrier
+    of their ring, and the tile is ready when what is not the sequence's has been cleared.
+    """
+    if steps.count() > 0:
+        arrived = ready.index(0)
+        left = steps.live - steps.j * KEYS
+        if PACKED:
+            arrived = ready.index((left < KEYS).to(gl.int32))
+        mbarrier.expect(arrived, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+        for i_w in gl.static_range(2):
+            place = [steps.row, steps.bos + steps.j * KEYS + i_w * ROWS, steps.i_h, 0]
+            tma.async_copy_global_to_shared(k_desc, place, arrived, k_tiles.index(i_w))
+            tma.async_copy_global_to_shared(v_desc, place, arrived, v_tiles.index(i_w))
+        if PACKED:
+            if left < KEYS:
+                mbarrier.wait(arrived, 0)
+                D: gl.constexpr = k_tiles.shape[4]
+                for i_w in gl.static_range(2):
+                    clear(k_tiles.index(i_w).reshape([ROWS, D]), left - i_w * ROWS)
+                    clear(v_tiles.index(i_w).reshape([ROWS, D]), left - i_w * ROWS)
+                fence_async_shared()
+                gl.thread_barrier()
+                mbarrier.arrive(ready.index(0), count=1)
     m = steps.j * 0
-    n, _ = steps.next(m, needed)
+    cleared = steps.j * 0
+    n, _ = steps.next(m, needed, window)
     while n < steps.count():
-        place = [steps.i_b, steps.queries(n) * ROWS, steps.head(n), 0]
+        place = [steps.row, steps.bos + steps.queries(n) * ROWS, steps.head(n), 0]
+        left = steps.live - steps.queries(n) * ROWS
         i_r = steps.block(n)
         i_g = steps.interval(n) + steps.j
-        later, _ = steps.next(n + 1, needed)
+        later, _ = steps.next(n + 1, needed, window)
         stage = m % STAGES
+        at = stage
+        if PACKED:
+            at = gl.where(left < ROWS, STAGES, stage)
         wait_before(q_ring.empty, m)
-        arrived = q_ring.ready.index(stage)
+        arrived = q_ring.ready.index(at)
         if gates_desc is None:
             mbarrier.expect(arrived, q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
         else:
@@ -150,38 +219,51 @@ def produce(
             mbarrier.expect(arrived, q_desc.block_type.nbytes + more)
             far = (n < steps.near()).to(gl.int32)
             i_r = 2 * i_r + far
-            at = [2 * i_g + far, 0, 0, 0]
-            tma.async_copy_global_to_shared(gates_desc, at, arrived, gate_tiles.index(stage))
+            i_g = 2 * i_g + far
+            tma.async_copy_global_to_shared(
+                gates_desc, [i_g, 0, 0, 0], arrived, gate_tiles.index(stage)
+            )
         tma.async_copy_global_to_shared(q_desc, place, arrived, q_ring.tiles.index(stage))
         tma.async_copy_global_to_shared(rows_desc, [i_r, 0, 0, 0], arrived, row_tiles.index(stage))
-        arrived = do_ring.ready.index(stage)
+        arrived = do_ring.ready.index(at)
         mbarrier.expect(arrived, do_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(do_desc, place, arrived, do_ring.tiles.index(stage))
+        if PACKED:
+            if left < ROWS:
+                mbarrier.wait(q_ring.ready.index(STAGES), cleared % 2)
+                mbarrier.wait(do_ring.ready.index(STAGES), cleared % 2)
+                cleared += 1
+                clear(q_ring.tile(m), left)
+                clear(do_ring.tile(m), left)
+                fence_async_shared()
+                gl.thread_barrier()
+                mbarrier.arrive(q_ring.ready.index(stage), count=1)
+                mbarrier.arrive(do_ring.ready.index(stage), count=1)
         n = later
         m += 1
 
 
 @gluon.jit
-def await_turns(come, told, turns, needed, steps):
+def await_turns(come, told, turns, needed, window, steps):
     """Say of each step when all programs before this one have added to its dq."""
     m = steps.j * 0
-    n, _ = steps.next(m, needed)
+    n, _ = steps.next(m, needed, window)
     while n < steps.count():
         while gl.atomic_add(turns + steps.block(n), 0, sem="acquire", scope="gpu") < steps.j:
             pass
-        n, _ = steps.next(n + 1, needed)
+        n, _ = steps.next(n + 1, needed, window)
         wait_before(told, m)
         arrive(come, m)
         m += 1
 
 
 @gluon.jit
-def pass_turns(added, told, turns, needed, steps):
+def pass_turns(added, told, turns, needed, window, steps):
     """Tell the next program of each step that has been added."""
     m = steps.j * 0
-    n, _ = steps.next(m, needed)
+    n, _ = steps.next(m, needed, window)
     while n < steps.count():
-        later, _ = steps.next(n + 1, needed)
+        later, _ = steps.next(n + 1, needed, window)
         wait_for(added, m)
         gl.atomic_xchg(turns + steps.block(n), steps.j + 1, sem="release", scope="gpu")
         arrive(told, m)
@@ -192,21 +274,21 @@ def pass_turns(added, told, turns, needed, steps):
 @gluon.jit
 def add(
     come, added, parts, offered, taken, row_parts, column_parts, row_sums, column_sums, sums,
-    needed, steps,
+    needed, window, steps,
 ):  # fmt: skip
     """Add to the sums what both consumers offer of a step, when its turn has come."""
     SIZE: gl.constexpr = parts.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     o_x = gl.arange(0, LINE, LAYOUT)
     m = steps.j * 0
-    n, first = steps.next(m, needed)
+    n, first = steps.next(m, needed, window)
     while n < steps.count():
         block = steps.block(n)
         p = sums + block.to(gl.int64) * (2 * SIZE)
         p_row = block.to(gl.int64) * ROWS
         p_column = (steps.interval(n) + steps.j).to(gl.int64) * KEYS
         opens = first == steps.j
-        n, first = steps.next(n + 1, needed)
+        n, first = steps.next(n + 1, needed, window)
         wait_for(come, m)
         for i_w in gl.static_range(2):
             wait_for(offered, 2 * m + i_w)
