@@ -35,7 +35,7 @@ with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, h
     keys.power = lambda x: Value(torch.exp2(x.x))
 stage.hopper_backward_kernel, stage.descriptor = keys.hopper_backward_kernel, hopper.descriptor
 stage.TensorDescriptor = TensorDescriptor
-stage.SHORTEST = stage.FEWEST = stage.MEAN = stage.NARROWEST = 1
+stage.pays = lambda *call: True
 
 products = 0
 start = keys.product_with_keys

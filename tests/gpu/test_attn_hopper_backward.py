@@ -36,10 +36,9 @@ def hopper():
         launched.append(len(arguments))
         return run(*arguments)
 
-    limits = dict.fromkeys(("SHORTEST", "FEWEST", "MEAN", "NARROWEST"), 1)
     with (
         on_hopper.verified("softmax forward", "softmax backward"),
-        mock.patch.multiple(hopper_backward, run_backward=counted, **limits),
+        mock.patch.multiple(hopper_backward, run_backward=counted, pays=lambda *call: True),
     ):
         yield launched
 

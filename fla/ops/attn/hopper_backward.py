@@ -40,12 +40,6 @@ from fla.ops.common.hopper import descriptor
 from fla.ops.common.kernels import cdiv, dense
 from fla.ops.common.launch import launch
 
-# Shorter calls, calls of fewer blocks of keys, of sequences that are shorter on average and of
-# narrower windows have not been measured
-SHORTEST = 4096
-FEWEST = 512
-MEAN = 512
-NARROWEST = 1024
 HEAD = 128
 # Heads of a program that sums a gate's gradient: it writes them side by side.
 _HEADS = 16
@@ -181,7 +175,7 @@ def dq_kernel(
 
 def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     """Return the gradients of q, k, v, g and the sink."""
-    if _takes(q, v, cu_seqlens, options.window_size):
+    if q.shape[-1] == v.shape[-1] == HEAD and pays(v, g, cu_seqlens, options.window_size):
         signed, scale = portable.rising(q, options.scale)
         tensors = dense(do, signed, k, v, o)
         if all(x.data_ptr() % 16 == 0 for x in tensors):
@@ -194,15 +188,15 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     return portable.backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options)
 
 
-def _takes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None) -> bool:
-    B, T, H, V = v.shape
-    return (
-        q.shape[-1] == V == HEAD
-        and T >= SHORTEST
-        and cdiv(T, KEYS.value) * H * B >= FEWEST
-        and (cu_seqlens is None or T >= MEAN * (cu_seqlens.shape[0] - 1))
-        and (window is None or window >= NARROWEST)
-    )
+def pays(v, g, cu_seqlens, window: int | None) -> bool:
+    """Whether a call is faster here than in Triton, by the measurements in benchmarks/NOTES.md."""
+    B, T, H, _ = v.shape
+    if T < 4096 or cdiv(T, KEYS.value) * H * B < 512:  # too few blocks to share out
+        return False
+    if g is None:
+        return window is None and cu_seqlens is None
+    long = cu_seqlens is None or T >= 512 * (cu_seqlens.shape[0] - 1)
+    return long and (window is None or window >= 1024)
 
 
 def _lines(x: Tensor) -> TensorDescriptor:
