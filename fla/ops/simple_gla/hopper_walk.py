@@ -13,7 +13,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -27,7 +26,6 @@ from fla.ops.common.hopper import (
     new_ring,
     new_tiles,
     wait_before,
-    wait_for,
 )
 from fla.ops.common.kernels import cdiv
 from fla.ops.common.launch import launch
@@ -52,8 +50,6 @@ COPY_REGISTERS = gl.constexpr(32)
 BZ = gl.constexpr(64)
 # Chunks that the pairs may be ahead of the output
 AHEAD = gl.constexpr(2)
-# Rows that are cleared at once where a sequence ends inside a tile
-_ROWS = gl.constexpr(8)
 _TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _ROW = gl.constexpr(gl.SliceLayout(1, _ACC))
@@ -61,62 +57,43 @@ _COLUMN = gl.constexpr(gl.SliceLayout(0, _ACC))
 
 
 @gluon.jit
-def clear(tile, there):
-    """Zeros for the rows of a tile at ``there`` and beyond it, by one warp."""
-    FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    for i in gl.static_range(0, C, _ROWS):
-        part = tile.slice(i, _ROWS)
-        m = i + gl.arange(0, _ROWS, gl.SliceLayout(1, FLAT)) < there
-        part.store(gl.where(m[:, None], part.load(FLAT), 0.0))
+def clear(tile, there, LAYOUT: gl.constexpr):
+    """Zeros for the rows of a tile from ``there`` on.
 
-
-@gluon.jit
-def fill_partial(y_ring, z_ring, y_desc, z_desc, y_place, z_place, n, there, copied, partial):
-    """Copy keys and values where a sequence ends inside the tiles; beyond it they are zeros.
-
-    Rows of another sequence may hold anything, and no weight makes zero of that.  ``partial`` times
-    before the barrier ``copied`` has been used.
+    They are another sequence's and may hold anything, of which no weight makes zero.
     """
-    stages: gl.constexpr = y_ring.tiles.shape[0]
-    stage = n % stages
-    wait_before(y_ring.empty, n)
-    wait_before(z_ring.empty, n)
-    mbarrier.expect(copied.index(0), y_desc.block_type.nbytes + z_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(y_desc, y_place, copied.index(0), y_ring.tiles.index(stage))
-    tma.async_copy_global_to_shared(z_desc, z_place, copied.index(0), z_ring.tiles.index(stage))
-    wait_for(copied, partial)
-    clear(y_ring.tile(n), there)
-    clear(z_ring.tile(n), there)
-    fence_async_shared()
-    gl.thread_barrier()
-    arrive(y_ring.ready, n)
-    arrive(z_ring.ready, n)
+    m = gl.arange(0, C, gl.SliceLayout(1, LAYOUT)) < there
+    tile.store(gl.where(m[:, None], tile.load(LAYOUT), 0.0))
 
 
 @gluon.jit
 def produce(
-    x_desc, y_desc, z_desc, b_desc, x_ring, y_ring, z_ring, b_ring, copied, cu_seqlens,
+    x_desc, y_desc, z_desc, b_desc, x_ring, y_ring, z_ring, b_ring, cu_seqlens,
     i_b, i_h, i_z, first, last, N, T, begin, stop, BACK: gl.constexpr,
 ):  # fmt: skip
     """Copy the tiles of each chunk in the order of the walk."""
     n = 0
-    partial = 0
     for i_n in range(first, gl.minimum(last, N)):
-        bos, length, start, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
-        for i in range(steps):
-            token, there = chunk_at(i, bos, length, start, steps, BACK)
+        here = visit(cu_seqlens, i_n, N, T, begin, stop)
+        for i in range(here[3]):
+            token, _ = chunk_at(i, here, BACK)
             wide = [i_b, token, i_h, 0]
             block = [i_b, token, i_h, i_z * BZ]
             x_ring.fill(x_desc, wide, n)
-            if there == C or cu_seqlens is None:
-                y_ring.fill(y_desc, wide, n)
-                z_ring.fill(z_desc, block, n)
-            else:
-                fill_partial(y_ring, z_ring, y_desc, z_desc, wide, block, n, there, copied, partial)
-                partial += 1
+            y_ring.fill(y_desc, wide, n)
+            z_ring.fill(z_desc, block, n)
             if b_desc is not None:
                 b_ring.fill(b_desc, block, n)
             n += 1
+
+
+@gluon.jit
+def three_sums(sums, gamma, at, REVERSE: gl.constexpr, PAIRS: gl.constexpr, FLAT: gl.constexpr):
+    """``sums_at`` along rows and columns of pairs, and along rows of tiles."""
+    b_i, s_all = sums_at(sums, gamma, at[0], at[1], REVERSE, gl.SliceLayout(1, PAIRS))
+    b_j, s_all = sums_at(sums, gamma, at[0], at[1], REVERSE, gl.SliceLayout(0, PAIRS))
+    b_k, s_all = sums_at(sums, gamma, at[0], at[1], REVERSE, gl.SliceLayout(1, FLAT))
+    return b_i, b_j, b_k, s_all
 
 
 @gluon.jit
@@ -125,7 +102,10 @@ def weigh(
     first, last, N, T, begin, stop, REVERSE: gl.constexpr, GRADIENT: gl.constexpr,
     GATED: gl.constexpr,
 ):  # fmt: skip
-    """A chunk's pairs a = scale w (x·y), and u, its z as they are added to the state."""
+    """A chunk's pairs a = scale w (x·y), and u, its z as they are added to the state.
+
+    Where a sequence ends inside a chunk, y and z are cleared before anybody else looks at them.
+    """
     BACK: gl.constexpr = REVERSE != GRADIENT
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     PAIRS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
@@ -138,16 +118,26 @@ def weigh(
     else:
         m = o_i >= o_j
     n = 0
+    if GATED:
+        here = visit(cu_seqlens, first, N, T, begin, stop)
+        at = chunk_ahead(0, here, here, cu_seqlens, BACK)
+        b_i, b_j, b_k, s_all = three_sums(sums, gamma, at, REVERSE, PAIRS, FLAT)
     for i_n in range(first, gl.minimum(last, N)):
-        bos, length, start, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
         if GATED:
-            token, there = chunk_ahead(0, bos, length, start, steps, BACK)
-            b_i, s_all = sums_at(sums, gamma, token, there, REVERSE, ROW)
-            b_j, s_all = sums_at(sums, gamma, token, there, REVERSE, COLUMN)
-            b_k, s_all = sums_at(sums, gamma, token, there, REVERSE, gl.SliceLayout(1, FLAT))
-        for i in range(steps):
+            after = visit(cu_seqlens, i_n + 1, N, T, begin, stop)
+        else:
+            here = visit(cu_seqlens, i_n, N, T, begin, stop)
+        for i in range(here[3]):
             x_ring.wait(n)
             y_ring.wait(n)
+            if cu_seqlens is not None:
+                _, there = chunk_at(i, here, BACK)
+                if there < C:
+                    z_ring.wait(n)
+                    clear(y_ring.tile(n), there, FLAT)
+                    clear(z_ring.tile(n), there, FLAT)
+                    fence_async_shared()
+                    gl.thread_barrier()
             b_0 = gl.zeros([C, C], gl.float32, PAIRS)
             b_a = warpgroup_mma(
                 x_ring.tile(n), y_ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True
@@ -159,10 +149,8 @@ def weigh(
                 b_w = power(gl.where(m, b_w, float("-inf")))
                 b_p = power(b_k if GRADIENT else s_all - b_k)
                 # the next chunk's, which arrive while this one is at work
-                token, there = chunk_ahead(i + 1, bos, length, start, steps, BACK)
-                b_i, s_all = sums_at(sums, gamma, token, there, REVERSE, ROW)
-                b_j, s_all = sums_at(sums, gamma, token, there, REVERSE, COLUMN)
-                b_k, s_all = sums_at(sums, gamma, token, there, REVERSE, gl.SliceLayout(1, FLAT))
+                at = chunk_ahead(i + 1, here, after, cu_seqlens, BACK)
+                b_i, b_j, b_k, s_all = three_sums(sums, gamma, at, REVERSE, PAIRS, FLAT)
             wait_before(a_ring.empty, n)
             if GATED:
                 z_ring.wait(n)
@@ -184,6 +172,12 @@ def weigh(
             if GATED:
                 arrive(z_ring.empty, n)
             n += 1
+        if GATED:
+            if cu_seqlens is not None:
+                if here[3] == 0:
+                    at = chunk_ahead(0, after, after, cu_seqlens, BACK)
+                    b_i, b_j, b_k, s_all = three_sums(sums, gamma, at, REVERSE, PAIRS, FLAT)
+            here = after
 
 
 @gluon.jit
@@ -198,14 +192,23 @@ def carry_on(
     SPLIT, what bf16 leaves of it is another.
     """
     BACK: gl.constexpr = REVERSE != GRADIENT
+    WEIGHED: gl.constexpr = GATED or (cu_seqlens is not None)
     o_x = gl.arange(0, X, _ROW)[:, None]
     o_z = i_z * BZ + gl.arange(0, BZ, _COLUMN)[None, :]
     p_kv = o_z * X + o_x if TURNED else o_x * Z + o_z
     p_state = o_z * X + o_x if TURNED != V_FIRST else o_x * Z + o_z
     s_held = scale if GRADIENT else 1.0
     n = 0
+    if GATED:
+        here = visit(cu_seqlens, first, N, T, begin, stop)
+        token, there = chunk_ahead(0, here, here, cu_seqlens, BACK)
+        s_next = sum_of(sums, gamma, token, there, REVERSE)
     for i_n in range(first, gl.minimum(last, N)):
-        bos, length, at, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
+        if GATED:
+            after = visit(cu_seqlens, i_n + 1, N, T, begin, stop)
+        else:
+            here = visit(cu_seqlens, i_n, N, T, begin, stop)
+        bos, length, at, steps = here
         count = gl.cdiv(length, C)
         head = bos >= begin
         tail = (at + steps == count) & ((at < count) | (length == 0))
@@ -218,13 +221,10 @@ def carry_on(
             b_s += b_start.to(gl.float32) / s_held
         if carry is not None:
             b_s += gl.load(carry + p_kv, mask=(opens == 0) & (o_x < X), other=0.0)
-        if GATED:
-            token, there = chunk_ahead(0, bos, length, at, steps, BACK)
-            s_next = sum_of(sums, gamma, token, there, REVERSE)
         for i in range(steps):
             if GATED:
                 s_all = s_next
-                token, there = chunk_ahead(i + 1, bos, length, at, steps, BACK)
+                token, there = chunk_ahead(i + 1, here, after, cu_seqlens, BACK)
                 s_next = sum_of(sums, gamma, token, there, REVERSE)
             wait_before(h_ring.empty, n)
             h_tile = h_ring.tile(0)
@@ -237,11 +237,12 @@ def carry_on(
             fence_async_shared()
             gl.thread_barrier()
             arrive(h_ring.ready, n)
+            if WEIGHED:
+                a_ring.wait(n)
             y_ring.wait(n)
             turned = y_ring.tile(n).permute((1, 0))
             if GATED:
                 b_s = b_s * power(s_all)
-                a_ring.wait(n)
                 u = u_tiles.index(n % AHEAD).reshape([C, BZ])
                 b_s = warpgroup_mma(turned, u, b_s, is_async=True)
             else:
@@ -250,14 +251,20 @@ def carry_on(
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
             gl.thread_barrier()
             arrive(y_ring.empty, n)
-            if GATED:
+            if WEIGHED:
                 arrive(a_ring.empty, n)
-            else:
+            if not GATED:
                 arrive(z_ring.empty, n)
             n += 1
         if end is not None:
             b_e = (b_s * s_held).to(end.dtype.element_ty)
             gl.store(end + place + p_state, b_e, mask=closes & (o_x < X))
+        if GATED:
+            if cu_seqlens is not None:
+                if steps == 0:
+                    token, there = chunk_ahead(0, after, after, cu_seqlens, BACK)
+                    s_next = sum_of(sums, gamma, token, there, REVERSE)
+            here = after
 
 
 @gluon.jit
@@ -277,19 +284,23 @@ def put_out(
     o_c = gl.arange(0, C, _ROW)
     p_o = o_c[:, None] * (H * Z) + i_z * BZ + gl.arange(0, BZ, _COLUMN)[None, :]
     n = 0
+    if GATED:
+        here = visit(cu_seqlens, first, N, T, begin, stop)
+        t_next, n_next = chunk_ahead(0, here, here, cu_seqlens, BACK)
+        b_next, s_next = sums_at(sums, gamma, t_next, n_next, REVERSE, _ROW)
     for i_n in range(first, last):
-        bos, length, at, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
         if GATED:
-            token, there = chunk_ahead(0, bos, length, at, gl.where(i_n < N, steps, 0), BACK)
-            b_next, s_next = sums_at(sums, gamma, token, there, REVERSE, _ROW)
-        for i in range(steps):
-            token, there = chunk_at(i, bos, length, at, steps, BACK)
+            after = visit(cu_seqlens, i_n + 1, N, T, begin, stop)
+        else:
+            here = visit(cu_seqlens, i_n, N, T, begin, stop)
+        for i in range(here[3]):
+            token, there = chunk_at(i, here, BACK)
             p = out + (token.to(gl.int64) * H + i_h) * Z + p_o
             m_c = o_c < there
             if i_n < N:
                 if GATED:
                     b_q = power(s_next - b_next if GRADIENT else b_next)
-                    t_next, n_next = chunk_ahead(i + 1, bos, length, at, steps, BACK)
+                    t_next, n_next = chunk_ahead(i + 1, here, after, cu_seqlens, BACK)
                     b_next, s_next = sums_at(sums, gamma, t_next, n_next, REVERSE, _ROW)
                 x_ring.wait(n)
                 h_ring.wait(n)
@@ -336,6 +347,12 @@ def put_out(
             else:  # behind the last sequence
                 b_0 = gl.zeros([C, BZ], o_tile.dtype, _ACC)
                 gl.store(p, b_0, mask=m_c[:, None])
+        if GATED:
+            if cu_seqlens is not None:
+                if here[3] == 0:
+                    t_next, n_next = chunk_ahead(0, after, after, cu_seqlens, BACK)
+                    b_next, s_next = sums_at(sums, gamma, t_next, n_next, REVERSE, _ROW)
+            here = after
     tma.store_wait(0)
 
 
@@ -376,7 +393,7 @@ def hopper_walk_kernel(
     x_ring = new_ring(x_desc, STAGES, 2)
     y_ring = new_ring(y_desc, STAGES, 2)
     z_ring = new_ring(z_desc, STAGES, 2)
-    a_ring = new_ring(o_desc, AHEAD, 2 if GATED else 1)
+    a_ring = new_ring(o_desc, AHEAD, 2 if GATED or cu_seqlens is not None else 1)
     h_tiles = gl.allocate_shared_memory(o_desc.dtype, [1, 1, X, 1, BZ], o_desc.layout)
     h_ring = Ring(h_tiles, new_barriers(1, 1), new_barriers(1, 1))
     o_tile = gl.allocate_shared_memory(o_desc.dtype, [C, BZ], _TILE)
@@ -385,14 +402,11 @@ def hopper_walk_kernel(
     u_tiles = a_ring.tiles
     b_ring = z_ring
     l_tile = o_tile
-    copied = x_ring.ready
     if GATED:
         u_tiles = new_tiles(o_desc, AHEAD)
     if rows is not None:
         b_ring = new_ring(b_desc, STAGES, 1)
         l_tile = gl.allocate_shared_memory(o_desc.dtype, [X, BZ], _TILE)
-    if cu_seqlens is not None:
-        copied = new_barriers(1, 1)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -422,9 +436,8 @@ def hopper_walk_kernel(
             (
                 produce,
                 (
-                    x_desc, y_desc, z_desc, b_desc, x_ring, y_ring, z_ring, b_ring, copied,
-                    cu_seqlens, i_b, i_h, i_z, first, last, N, T, begin, stop,
-                    REVERSE != GRADIENT,
+                    x_desc, y_desc, z_desc, b_desc, x_ring, y_ring, z_ring, b_ring, cu_seqlens,
+                    i_b, i_h, i_z, first, last, N, T, begin, stop, REVERSE != GRADIENT,
                 ),
             ),
         ],
