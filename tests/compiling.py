@@ -86,3 +86,10 @@ def dumped(kernel: Any, directory: Path, *what: str) -> str:
     binary.write_bytes(kernel.asm["cubin"])
     command = [knobs.nvidia.cuobjdump.path, *what, str(binary)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def usage_of(kernel: Any, directory: Path) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", dumped(kernel, directory, "-res-usage"))
+    assert found is not None
+    return int(found[1]), int(found[2])

@@ -23,7 +23,8 @@ _HEADS = ((64, 64), (128, 128), (256, 512), (20, 33), (96, 130))
 _DENSE, _PACKED = (200,), (0, 130, 0, 257, 1, 0)
 _FEW, _FEW_PACKED = (3,), (0, 3, 1, 0)
 _HOPPER_VARIANTS = ("state", "raw, lower bound, state", "v first", "plain", "growth")
-_HOPPER_LENGTHS = ((1,), (63,), (64,), (65,), (500,), _PACKED, (0, 0, 64, 128, 64))
+# A few tokens alone eager takes one by one, rounding nothing, which bounds no chunk
+_HOPPER_LENGTHS = ((0, 1), (63,), (64,), (65,), (500,), _PACKED, (0, 0, 64, 128, 64))
 _HOPPER_SIZES = ((128, 128), (64, 64), (64, 128), (128, 64), (128, 256))
 
 

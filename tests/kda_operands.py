@@ -100,17 +100,18 @@ def defined(call, row: int, first: int, last: int) -> dict[str, Tensor]:
     }
 
 
-def errors(call, pairs: Tensor, bounds=None) -> dict[str, float]:
+def errors(call, pairs: Tensor, bounds=None, halved: bool = False) -> dict[str, float]:
     """Relative errors; of ``near``, and of M ``above`` its diagonal, how many entries are wrong.
 
-    M and A count between blocks, and within them where rows are near, A below its diagonal.
+    M and A count between blocks, and within them where rows are near, unless those that are not
+    have been ``halved``; A below its diagonal.
     """
     norms: dict[str, list[float]] = {name: [0.0, 0.0] for name in BOUNDS}
     block = torch.arange(C, device=pairs.device) // TILE
     for slot, *at in chunks(call, bounds):
         wanted = defined(call, *at)
         near = torch.arange(TILE, device=pairs.device) < wanted["near"][..., None]
-        apart = (block[:, None] != block) | near.flatten(1)[..., None]
+        apart = (block[:, None] != block) | near.flatten(1)[..., None] | halved
         for name, x in wanted.items():
             y = pairs["MA".index(name), slot] if name in ("M", "A") else getattr(call, name)[slot]
             y = y.double()

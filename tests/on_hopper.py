@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -25,6 +26,21 @@ def verified(*kernels: str):
     """Inside, these kernels count as verified with the installed Triton."""
     release = (device.triton_version() or "").rsplit(".", 1)[0]
     return mock.patch.dict(device.HOPPER_TRITON, dict.fromkeys(kernels, (release,)))
+
+
+@contextlib.contextmanager
+def launched_from(*stages: Any):
+    """Yields what these modules launch inside, by the kernels' names; a mock would keep tensors."""
+    launched: list[str] = []
+
+    def counted(kernel, *arguments, launch=stages[0].launch):
+        launched.append(kernel.fn.__name__)
+        return launch(kernel, *arguments)
+
+    with contextlib.ExitStack() as stack:
+        for stage in stages:
+            stack.enter_context(mock.patch.object(stage, "launch", counted))
+        yield launched
 
 
 def moved(run: Callable[[], Sequence[Tensor]]) -> int:

@@ -22,7 +22,7 @@ from fla.ops.kda import triton as portable
 from fla.ops.kda.engine import ENGINE, Options
 
 # Launchers of other kernels, which are not launched here
-OTHERS = dict.fromkeys(("run_intra", "run_states", "run_gradients"), mock.DEFAULT)
+OTHERS = dict.fromkeys(("run_intra", "run_halving", "run_states", "run_gradients"), mock.DEFAULT)
 EMULATED = os.path.join(os.path.dirname(__file__), "emulated_kda.py")
 
 

@@ -11,15 +11,14 @@ from unittest import mock
 
 import pytest
 import torch
-from compiling import compiling
+from compiling import compiling, usage_of
 from interpreted_kda import operands
-from triton import knobs
 
 from fla.ops.kda import hopper
 from fla.ops.kda import triton as portable
 
 # Launchers of other kernels, which are not launched here
-OTHERS = dict.fromkeys(("run_intra", "run_scan"), mock.DEFAULT)
+OTHERS = dict.fromkeys(("run_intra", "run_halving", "run_scan"), mock.DEFAULT)
 FP32 = 1e-4  # the contract's
 # Triton's kernels run in its interpreter, those for Hopper over a stand-in for Gluon, in fp32
 EMULATED = """
@@ -112,11 +111,7 @@ def test_compiles(more, tmp_path):
         assert 2 * (kernel.metadata.shared + 1024) <= 228 << 10
         assert "mma.sync.aligned.m16n8k16" in kernel.asm["ptx"]
         assert len(re.findall(r"bar\S*\.sync", kernel.asm["ptx"])) < 32
-        binary = tmp_path / "kernel.cubin"
-        binary.write_bytes(kernel.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert int(re.search(r"STACK:(\d+)", usage).group(1)) <= 64, usage
+        assert usage_of(kernel, tmp_path)[1] <= 64
 
 
 def test_other_lengths_compile_nothing_new():

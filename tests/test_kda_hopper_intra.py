@@ -1,4 +1,4 @@
-"""Chunks' operands on Hopper without a GPU: emulated, compiled, and who gets the kernel."""
+"""Chunks' operands and pairs on Hopper without a GPU: emulated, compiled, and who gets them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from unittest import mock
 import kda_operands
 import pytest
 import torch
-from compiling import compiling
-from triton import knobs
+from compiling import compiling, dumped, usage_of
 
-from fla.ops.kda import hopper, hopper_intra
+from fla.ops.kda import hopper, hopper_halving, hopper_intra
 from fla.ops.kda import triton as portable
 
 EMULATED = """
@@ -24,15 +23,19 @@ from emulated_gluon import emulated
 from kda_operands import call_of, errors, operands
 
 torch.set_num_threads(1)
-names = "activations", "halving", "hopper_intra", "hopper"
-names = ("common.hopper", "common.kernels", *(f"kda.{name}" for name in names))
-with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, hopper):
+names = "slots", "activations", "halving", "hopper_gradients", "hopper_intra", "hopper_halving"
+names = ("common.hopper", "common.kernels", *(f"kda.{name}" for name in (*names, "hopper")))
+with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, halving, hopper):
     pass
+halving.wide = lambda x: x.to(torch.float32)
+halving.narrow = lambda x: (x.to(torch.bfloat16), x.to(torch.bfloat16).to(torch.float32))
 
 
 def made(arguments, options, bounds=None):
     call, pairs = call_of(hopper.Call, arguments, options, bounds)
     call.make_operands(pairs)
+    if not call.all_near:
+        call.halve()
     return call, pairs
 
 
@@ -45,7 +48,7 @@ for shape, at in (
     ({"T": 150, "K": 64, "gate": "mixed"}, bounds),
     ({"T": 100, "K": 64, "gate": "growing"}, None),
 ):
-    print(json.dumps([str(shape), errors(*made(*operands(**shape), at), at)]), flush=True)
+    print(json.dumps([str(shape), errors(*made(*operands(**shape), at), at, True)]), flush=True)
 
 # Operands alone are the same, and what lies beside a sequence is not read.
 arguments, options = operands(150, 64, "mixed")
@@ -70,8 +73,7 @@ for at in (1, 17, 40):
         again, others = made(changed, options)
         for name in ("q_in", "k_in"):
             assert torch.equal(getattr(first, name)[..., :at, :], getattr(again, name)[..., :at, :])
-        near = min(at, int(first.near[0, 0, 0]))
-        assert torch.equal(pairs[..., :near, :], others[..., :near, :])
+        assert torch.equal(pairs[..., :at, :], others[..., :at, :])
 """
 
 
@@ -114,21 +116,34 @@ def test_compiles(more, tmp_path):
     assert len(compiled) == 2
     for kernel in compiled:
         assert kernel.metadata.shared <= (227 << 10) // side_by_side - 1024
-        binary = tmp_path / "kernel.cubin"
-        binary.write_bytes(kernel.asm["cubin"])
-        tools = [knobs.nvidia.cuobjdump.path], [knobs.nvidia.nvdisasm.path, "-c"]
-        usage, code = (
-            subprocess.run(
-                [*tool, *more, binary], capture_output=True, text=True, check=True
-            ).stdout
-            for tool, more in zip(tools, (["-res-usage"], []), strict=True)
-        )
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        assert registers <= hopper_intra.REGISTERS and stack <= 64, usage
+        registers, stack = usage_of(kernel, tmp_path)
+        assert registers <= hopper_intra.REGISTERS and stack <= 64
+        code = dumped(kernel, tmp_path, "-sass")
         assert len(re.findall(r"WARPGROUP\.DEPBAR", code)) <= 4  # one a product
         # a part of an allocation lies elsewhere when it is looked at as another type
         looked_at = re.findall(r"memdesc_reinterpret .*?mutable(.*?)> ->", kernel.asm["ttgir"])
         assert looked_at and not any(looked_at)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"K": 128, "gate": "softplus", "dtype": torch.float32, "bounds": [0, 128]},
+        {"K": 64, "gate": "mixed", "HV": 2},
+    ],
+)
+def test_halving_compiles(more, tmp_path):
+    """Nothing but tokens passes through shared memory."""
+    bounds = more.pop("bounds", None)
+    call, _ = kda_operands.call_of(hopper.Call, *kda_operands.operands(128, **more), bounds)
+    with compiling(90) as compiled:
+        call.halve()
+    (kernel,) = compiled
+    side_by_side = 3 if call.g.dtype == torch.float32 else 4
+    assert kernel.metadata.shared <= (227 << 10) // side_by_side - 1024
+    assert "local_store" not in kernel.asm["ttgir"]
+    registers, stack = usage_of(kernel, tmp_path)
+    assert registers <= hopper_halving.REGISTERS and stack <= 64
 
 
 def test_other_lengths_compile_nothing_new():

@@ -1,4 +1,4 @@
-"""Chunks' operands on Hopper on a GPU.
+"""Chunks' operands and pairs on Hopper on a GPU.
 
 Run as a program it makes a few small calls, for compute-sanitizer.
 """
@@ -6,18 +6,17 @@ Run as a program it makes a few small calls, for compute-sanitizer.
 from __future__ import annotations
 
 import contextlib
-from unittest import mock
 
 import kda_calls
 import kda_operands
 import pytest
 import sanitizer
 import torch
-from on_hopper import marks, verified
+from on_hopper import launched_from, marks, verified
 
 from fla.ops import chunk_kda
 from fla.ops.common.dispatch import use
-from fla.ops.kda import hopper, hopper_intra
+from fla.ops.kda import hopper, hopper_halving, hopper_intra
 from fla.testing.compare import measure, relative_error
 
 pytestmark = marks
@@ -35,7 +34,7 @@ def on_hopper():
     """Inside, the kernel runs, whether verified or not; yields its launches."""
     with (
         verified("delta"),
-        mock.patch.object(hopper_intra, "launch", wraps=hopper_intra.launch) as launched,
+        launched_from(hopper_intra, hopper_halving) as launched,
     ):
         yield launched
 
@@ -44,6 +43,8 @@ def made(bounds=None, made=False, **more):
     arguments, options = kda_operands.operands(device="cuda", **more)
     call, pairs = kda_operands.call_of(hopper.Call, arguments, options, bounds)
     call.make_operands(None if made else pairs)
+    if not made and not call.all_near:
+        call.halve()
     return call, pairs
 
 
@@ -54,7 +55,7 @@ def made(bounds=None, made=False, **more):
 def test_operands(gate, bounds, K, dtype):
     more = {"T": 310, "K": K, "gate": gate, "H": 2, "HV": 4, "dtype": dtype, "bounds": bounds}
     call, pairs = made(**more)
-    found = kda_operands.errors(call, pairs, bounds)
+    found = kda_operands.errors(call, pairs, bounds, halved=True)
     wrong = {name: x for name, x in found.items() if not x <= kda_operands.BOUNDS[name]}
     assert not wrong, wrong
 
@@ -64,7 +65,7 @@ def test_against_fp64(call):
     with call.as_told(), on_hopper() as launched:
         found = measure(call.spec, call.shape, call.variant, call.dtype, "cuda")
     wrong = {name: pair for name, pair in found.items() if not pair[0] <= pair[1]}
-    assert launched.called and found and not wrong, wrong
+    assert launched and found and not wrong, wrong
 
 
 def run(arguments, options, **more):
@@ -85,7 +86,8 @@ def test_agrees_with_triton(gate):
     arguments, options = kda_operands.operands(2100, 128, gate, H=4, device="cuda")
     with on_hopper() as launched, use("hopper"):
         found = run(arguments, options)
-    assert launched.call_count == 2
+    assert launched.count("hopper_intra_kernel") == 2
+    assert launched.count("hopper_halving_kernel") == (gate != "bound")
     with use("triton"):
         expected = run(arguments, options)
     for a, b in zip(found, expected, strict=True):
@@ -100,6 +102,8 @@ def test_a_thousand_times_the_same_bits(gate):
     moved = torch.zeros((), device="cuda", dtype=torch.int64)
     for _ in range(1000):
         call.make_operands(pairs)
+        if not call.all_near:
+            call.halve()
         again = call.q_in, call.k_in, call.k_out, call.decay, pairs
         for a, b in zip(first, again, strict=True):
             moved += (a != b).logical_and(~(a.isnan() & b.isnan())).sum()

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.ops.common.kernels import cdiv, power_of_two, sequence
+from fla.ops.common.kernels import SEARCH, cdiv, power_of_two, sequence, sequence_at
 from fla.ops.common.launch import launch
 
 SPAN = tl.constexpr(128)
@@ -31,8 +31,6 @@ LEAST = tl.constexpr(-3.4028234663852886e38)
 # A token with this gate forgets all before it, and with its negative sees nothing else; beside
 # anything steeper a sum would lose its digits.
 STEEPEST_GATE = tl.constexpr(-1e7)
-# How many blocks or boundaries a program looks at together when it searches among them
-SEARCH = tl.constexpr(128)
 
 # Whether blocks that do not show are left out.  For all threads: autograd has one of its own.
 _leave_out = [True]
@@ -134,17 +132,6 @@ class Call:
         if self.packed:
             return self.T // size + self.N + 1
         return self.N * cdiv(self.T, size)
-
-
-@triton.jit
-def sequence_at(cu_seqlens, slot, N, BLOCK, o_s):
-    """Which packed sequence owns a slot; o_s are the numbers below SEARCH, which Gluon lays out."""
-    n = slot * 0
-    for at in range(0, N, SEARCH):
-        o_n = at + 1 + o_s
-        b_bos = tl.load(cu_seqlens + o_n, mask=o_n <= N, other=0).to(tl.int32)
-        n += tl.sum(((b_bos // BLOCK + o_n <= slot) & (o_n <= N)).to(tl.int32))
-    return n
 
 
 @triton.jit

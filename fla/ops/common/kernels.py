@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = tl.constexpr(1024)
-_SEARCH = tl.constexpr(128)
+# How many blocks or boundaries a program looks at together when it searches among them
+SEARCH = tl.constexpr(128)
 
 
 @triton.jit
@@ -74,17 +75,26 @@ def first_slot(cu_seqlens, i_n, bos, T, C):
 
 
 @triton.jit
-def chunk_in_slot(cu_seqlens, slot, N, T, C):
+def sequence_at(cu_seqlens, slot, N, size, o_s):
+    """Which packed sequence owns a slot; o_s are the numbers below SEARCH, which Gluon lays out."""
+    n = slot * 0
+    for at in range(0, N, SEARCH):
+        o_n = at + 1 + o_s
+        b_bos = tl.load(cu_seqlens + o_n, mask=o_n <= N, other=0).to(tl.int32)
+        n += tl.sum(((b_bos // size + o_n <= slot) & (o_n <= N)).to(tl.int32))
+    return n
+
+
+@triton.jit
+def chunk_in_slot(cu_seqlens, slot, N, T, C, o_s=None):
     """The sequence whose slot this is, and which of its chunks; packed, it may not have so many."""
     if cu_seqlens is None:
         i_n = slot // tl.cdiv(T, C)
         c = slot % tl.cdiv(T, C)
     else:
-        i_n = slot * 0
-        for at in range(0, N, _SEARCH):
-            o_n = at + 1 + tl.arange(0, _SEARCH)
-            b_bos = tl.load(cu_seqlens + o_n, mask=o_n <= N, other=0).to(tl.int32)
-            i_n += tl.sum(((b_bos // C + o_n <= slot) & (o_n <= N)).to(tl.int32))
+        if o_s is None:
+            o_s = tl.arange(0, SEARCH)
+        i_n = sequence_at(cu_seqlens, slot, N, C, o_s)
         c = slot - i_n - tl.load(cu_seqlens + i_n).to(tl.int32) // C
     return i_n, c
 

@@ -45,9 +45,7 @@ def through_states_kernel(
     i_block = tl.program_id(0) % BLOCKS
     i_hv = tl.program_id(0) // BLOCKS % HV
     i_slot = tl.program_id(0) // BLOCKS // HV
-    i_n, i_c, start, length = locate(cu_seqlens, i_slot, rows, T, C)
-    if cu_seqlens is not None:
-        length = tl.where(i_n == rows - 1, 0, length)
+    _, i_c, start, _, length = locate(cu_seqlens, i_slot, rows, T, C)
     if i_c * C >= length:
         return
     dtype: tl.constexpr = dq_in.dtype.element_ty
@@ -138,15 +136,12 @@ def gradients_kernel(
     i_hv = tl.program_id(0) // BLOCKS % HV
     i_slot = tl.program_id(0) // BLOCKS // HV
     i_h = i_hv // (HV // H)
-    i_n, i_c, start, length = locate(cu_seqlens, i_slot, rows, T, C)
+    _, i_c, start, length, live = locate(cu_seqlens, i_slot, rows, T, C)
     dtype: tl.constexpr = dkeys.dtype.element_ty
     o_i = tl.arange(0, TILE)
     o_k = i_block * BLOCK + tl.arange(0, BLOCK)
     token = start + i_c * C
     place = i_slot.to(tl.int64) * HV + i_hv
-    there = i_c * C < length
-    if cu_seqlens is not None:
-        there = there & (i_n < rows - 1)
     q += token * H * K + i_h * K
     k += token * H * K + i_h * K
     g += token * HV * K + i_hv * K
@@ -158,7 +153,7 @@ def gradients_kernel(
     dkeys += place * (C * C)
     factors += (i_slot.to(tl.int64) * HV + i_hv) * (2 * C)
 
-    if not there:  # padding has no gradient, nor has a slot that no chunk fills
+    if i_c * C >= live:  # padding has no gradient, nor has a slot that no chunk fills
         if dA_log is not None:
             tl.store(dA_log + place * BLOCKS + i_block, 0.0)
         if ddt_bias is not None:
@@ -337,14 +332,14 @@ def unit_kernel(
     """dq and dk of one chunk and query/key head from what its GROUP value heads left."""
     i_slot = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
-    i_n, i_c, start, length = locate(cu_seqlens, i_slot, rows, T, C)
+    _, i_c, start, length, live = locate(cu_seqlens, i_slot, rows, T, C)
     if i_c * C >= length:
         return
     o_c = tl.arange(0, C)
     o_k = tl.arange(0, BK)
     m = (i_c * C + o_c < length)[:, None] & (o_k < K)[None, :]
     o_x = ((start + i_c * C + o_c)[:, None] * H + i_h) * K + o_k[None, :]
-    if cu_seqlens is not None and i_n == rows - 1:  # padding has no gradient
+    if i_c * C >= live:  # padding has no gradient
         tl.store(dq + o_x, tl.zeros([C, BK], dq.dtype.element_ty), m)
         tl.store(dk + o_x, tl.zeros([C, BK], dk.dtype.element_ty), m)
         return

@@ -107,7 +107,7 @@ def advance(
     (``states``: in the chunk's slot, or of every EVERY-th chunk in the caller's order), w
     (``values``) and the state after the sequence (``final``).
     """
-    i_n, i_s, start, length = locate(cu_seqlens, i_segment, rows, T, segment)
+    i_n, i_s, start, length, _ = locate(cu_seqlens, i_segment, rows, T, segment)
     dtype = k_in.dtype.element_ty
     o_c = tl.arange(0, C)
     o_k = tl.arange(0, BK)
@@ -215,7 +215,7 @@ def retreat(
     Reads the chunks' operands and do, writes what it is given of the gradient of the state after
     each chunk (``states``), u (``solved``) and the gradient of the initial state (``final``).
     """
-    i_n, i_s, start, length = locate(cu_seqlens, i_segment, rows, T, segment)
+    i_n, i_s, start, length, _ = locate(cu_seqlens, i_segment, rows, T, segment)
     if cu_seqlens is not None:
         length = tl.where(i_n == rows - 1, -1, length)
     if i_s * segment >= tl.where(length == 0, 1, length):
@@ -330,7 +330,7 @@ def join_kernel(
     blocks: tl.constexpr = VP // BV
     pid = tl.program_id(0)
     i_n, i_hv, i_v = pid // blocks // HV, pid // blocks % HV, pid % blocks
-    _, length = sequence(cu_seqlens, i_n, rows, T)
+    _, length, _ = sequence(cu_seqlens, i_n, rows, T)
     slot = first_slot(cu_seqlens, i_n, T, segment)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)

@@ -84,9 +84,7 @@ def intra_kernel(
     BLOCKS: tl.constexpr = C // TILE
     i_slot = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV
-    i_n, i_c, start, length = locate(cu_seqlens, i_slot, rows, T, C)
-    if cu_seqlens is not None:
-        length = tl.where(i_n == rows - 1, 0, length)
+    _, i_c, start, _, length = locate(cu_seqlens, i_slot, rows, T, C)
     if i_c * C >= length:
         return
     dtype: tl.constexpr = k_in.dtype.element_ty
@@ -190,9 +188,7 @@ def halving_kernel(
     BLOCKS: tl.constexpr = C // TILE
     i_slot = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV
-    i_n, i_c, start, length = locate(cu_seqlens, i_slot, rows, T, C)
-    if cu_seqlens is not None:
-        length = tl.where(i_n == rows - 1, 0, length)
+    _, i_c, start, _, length = locate(cu_seqlens, i_slot, rows, T, C)
     if i_c * C >= length:
         return
     place = i_slot.to(tl.int64) * HV + i_hv

@@ -10,6 +10,7 @@ from torch import Tensor
 from fla.ops.kda import triton as portable
 from fla.ops.kda.hopper_blocks import BV
 from fla.ops.kda.hopper_gradients import run_gradients
+from fla.ops.kda.hopper_halving import run_halving
 from fla.ops.kda.hopper_intra import run_intra
 from fla.ops.kda.hopper_scan import run_scan
 from fla.ops.kda.hopper_states import run_states
@@ -25,6 +26,11 @@ class Call(portable.Call):
         if not self._takes_chunks():
             return super().make_operands(pairs)
         run_intra(self, pairs)
+
+    def halve(self) -> None:
+        if not self._takes_chunks():
+            return super().halve()
+        run_halving(self)
 
     def run_advance(self, segment, columns, state, strides, o, h, final, final_strides) -> None:
         if h is not None or not self._takes_scan(self.v):

@@ -4,7 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
-from fla.ops.common.hopper import Ring, new_barriers, new_tiles
+from fla.ops.common.hopper import Ring, along, new_barriers, new_tiles
+from fla.ops.common.kernels import SEARCH, sequence_at
 
 C = gl.constexpr(64)
 # Value channels of a partition
@@ -13,7 +14,6 @@ BV = gl.constexpr(64)
 PAIRS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 OPERAND = gl.constexpr(gl.DotOperandLayout(0, PAIRS, 2))
 TOKENS = gl.constexpr(gl.SliceLayout(0, PAIRS))
-_SEARCH = gl.constexpr(128)
 
 
 @gluon.constexpr_function
@@ -64,11 +64,7 @@ def segment_of(cu_seqlens, unit, i_hv, rows, T, size, HV: gl.constexpr):
         slot = i_n * gl.cdiv(T, C)
         real = unit >= 0
     else:
-        i_n = unit * 0
-        for at in range(1, rows, _SEARCH):
-            o_n = at + gl.arange(0, _SEARCH, gl.BlockedLayout([1], [32], [4], [0]))
-            b_bos = gl.load(cu_seqlens + o_n, mask=o_n < rows, other=0).to(gl.int32)
-            i_n += gl.sum(((b_bos // size + o_n <= unit) & (o_n < rows)).to(gl.int32), 0)
+        i_n = sequence_at(cu_seqlens, unit, rows - 1, size, gl.arange(0, SEARCH, along(4)))
         i_b = unit * 0
         bos = gl.load(cu_seqlens + i_n).to(gl.int32)
         slot = bos // C + i_n

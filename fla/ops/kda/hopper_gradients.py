@@ -12,10 +12,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from fla.ops.common.hopper import along
+from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
 from fla.ops.kda.activations import LOG2E, decay_of, log_decay, sigmoid
 from fla.ops.kda.halving import load_rate, weight_of
-from fla.ops.kda.slots import sequence
+from fla.ops.kda.slots import locate
 from fla.ops.kda.triton import Call
 
 TILE = gl.constexpr(16)
@@ -33,28 +34,10 @@ _CHANNEL = gl.constexpr(gl.SliceLayout(1, _ACC))
 _LINES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 _PAIRS = gl.constexpr(gl.BlockedLayout([1, 1, 8], [1, 16, 2], [1, 4, 1], [2, 1, 0]))
 _WORDS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-_SEARCH = gl.constexpr(128)
 _SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
 _COLUMNS = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0]))
 _SMALL = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
 _VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-@gluon.jit
-def locate(cu_seqlens, i_slot, rows, T):
-    """``slots.locate``, which leaves layouts to Triton."""
-    if cu_seqlens is None:
-        i_n = i_slot // gl.cdiv(T, C)
-        i_c = i_slot % gl.cdiv(T, C)
-    else:
-        i_n = i_slot * 0
-        for at in range(1, rows, _SEARCH):
-            o_n = at + gl.arange(0, _SEARCH, along(gl.num_warps()))
-            b_bos = gl.load(cu_seqlens + o_n, mask=o_n < rows, other=0).to(gl.int32)
-            i_n += gl.sum(((b_bos // C + o_n <= i_slot) & (o_n < rows)).to(gl.int32), 0)
-        i_c = i_slot - i_n - gl.load(cu_seqlens + i_n).to(gl.int32) // C
-    start, length = sequence(cu_seqlens, i_n, rows, T)
-    return i_n, i_c, start, length
 
 
 @gluon.jit
@@ -269,7 +252,8 @@ def hopper_gradients_kernel(
     i_hv = gl.program_id(0) // BLOCKS % HV
     i_slot = gl.program_id(0) // BLOCKS // HV
     i_h = i_hv // (HV // H)
-    i_n, i_c, start, length = locate(cu_seqlens, i_slot, rows, T)
+    o_s = gl.arange(0, SEARCH, along(gl.num_warps()))
+    _n, i_c, start, length, live = locate(cu_seqlens, i_slot, rows, T, C, o_s)
     left = length - i_c * C
     place = i_slot.to(gl.int64) * HV + i_hv
     token = start + i_c * C
@@ -277,10 +261,7 @@ def hopper_gradients_kernel(
     channel = first + gl.arange(0, CHANNELS, _CHANNEL)
     p_dg = dg + (token * HV + i_hv) * K + first
 
-    there = left > 0
-    if cu_seqlens is not None:
-        there = there & (i_n < rows - 1)
-    if not there:  # padding has no gradient, nor has a slot that no chunk fills
+    if i_c * C >= live:  # padding has no gradient, nor has a slot that no chunk fills
         if dA_log is not None:
             gl.store(dA_log + place * BLOCKS + i_block, 0.0)
         if ddt_bias is not None:

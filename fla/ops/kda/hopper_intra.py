@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fla.ops.common.hopper import along
-from fla.ops.common.kernels import sequence
+from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
 from fla.ops.kda.activations import (
     L2NORM_EPS,
@@ -29,32 +29,14 @@ from fla.ops.kda.activations import (
     decay_of,
 )
 from fla.ops.kda.halving import ROOM, TILE, joined, load_rate, parts, weight_of
+from fla.ops.kda.slots import locate
 
 C = gl.constexpr(64)
 BLOCKS = gl.constexpr(4)
-_SEARCH = gl.constexpr(128)
 # Two −∞ of bf16
 PAIR_OF_INFINITIES = gl.constexpr(-0x7F0080)
 # What a thread may have, that two programs of eight warps, or four of four, run side by side
 REGISTERS = 128
-
-
-@gluon.jit
-def locate(cu_seqlens, i_slot, rows, T):
-    """What ``slots.locate`` says, of chunks of C."""
-    N = rows - 1
-    if cu_seqlens is None:
-        i_n = i_slot // gl.cdiv(T, C)
-        i_c = i_slot % gl.cdiv(T, C)
-    else:
-        i_n = i_slot * 0
-        for at in range(0, N, _SEARCH):
-            o_n = at + 1 + gl.arange(0, _SEARCH, along(gl.num_warps()))
-            b_bos = gl.load(cu_seqlens + o_n, mask=o_n <= N, other=0).to(gl.int32)
-            i_n += gl.sum(((b_bos // C + o_n <= i_slot) & (o_n <= N)).to(gl.int32), 0)
-        i_c = i_slot - i_n - gl.load(cu_seqlens + i_n).to(gl.int32) // C
-    bos, _, live = sequence(cu_seqlens, i_n, N, T, T)
-    return i_c, bos.to(gl.int64), live
 
 
 @gluon.jit
@@ -245,7 +227,8 @@ def hopper_intra_kernel(
     TOKENS: gl.constexpr = gl.BlockedLayout([1, TILE, 2], [1, 1, 32], [4, 1, WARPS // 4], [2, 1, 0])
     i_slot = gl.program_id(0) // HV
     i_hv = gl.program_id(0) % HV
-    i_c, start, length = locate(cu_seqlens, i_slot, rows, T)
+    o_s = gl.arange(0, SEARCH, along(WARPS))
+    _, i_c, start, _, length = locate(cu_seqlens, i_slot, rows, T, C, o_s)
     if i_c * C >= length:
         return
     dtype: gl.constexpr = k_in.dtype.element_ty

@@ -9,9 +9,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from fla.ops.common.hopper import along
+from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
 from fla.ops.kda.activations import beta_backward
-from fla.ops.kda.hopper_gradients import C, locate
+from fla.ops.kda.hopper_gradients import C
+from fla.ops.kda.slots import locate
 from fla.ops.kda.triton import Call
 
 # Value channels that a step of a product takes
@@ -66,7 +69,8 @@ def hopper_states_kernel(
     """
     i_slot = gl.program_id(0) // HV
     i_hv = gl.program_id(0) % HV
-    i_n, i_c, start, length = locate(cu_seqlens, i_slot, rows, T)
+    o_s = gl.arange(0, SEARCH, along(gl.num_warps()))
+    _, i_c, start, length, live = locate(cu_seqlens, i_slot, rows, T, C, o_s)
     left = length - i_c * C
     if left <= 0:
         return
@@ -77,11 +81,10 @@ def hopper_states_kernel(
     p_dv = dv + (token * HV + i_hv) * V + lines(C, V, HV * V)
     o_c = gl.arange(0, C, _ROW)
     p_dbeta = dbeta + (token + o_c) * HV + i_hv
-    if cu_seqlens is not None:
-        if i_n == rows - 1:  # padding has no gradient
-            gl.store(p_dv, gl.zeros([C, V], dv.dtype.element_ty, _LINES), m_line)
-            gl.store(p_dbeta, gl.zeros([C], dbeta.dtype.element_ty, _ROW), o_c < left)
-            return
+    if i_c * C >= live:  # padding has no gradient
+        gl.store(p_dv, gl.zeros([C, V], dv.dtype.element_ty, _LINES), m_line)
+        gl.store(p_dbeta, gl.zeros([C], dbeta.dtype.element_ty, _ROW), o_c < left)
+        return
 
     do_tile = copied(do + (token * HV + i_hv) * V, C, V, HV * V, left)
     w_tile = copied(values + place * (C * V), C, V, V, C)

@@ -47,7 +47,7 @@ def recurrent_kernel(
     i_hv = tl.program_id(0) // BLOCKS % HV
     i_n = tl.program_id(0) // BLOCKS // HV
     i_h = i_hv // (HV // H)
-    start, length = sequence(cu_seqlens, i_n, rows, T)
+    start, length, _ = sequence(cu_seqlens, i_n, rows, T)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K

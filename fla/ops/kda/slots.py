@@ -22,9 +22,9 @@ def rows_and_slots(B: int, T: int, cu_seqlens, size: int) -> tuple[int, int]:
 
 @triton.jit
 def sequence(cu_seqlens, i_n, rows, T):
-    """First token of sequence ``i_n``, int64, and its number of tokens."""
-    bos, length, _ = kernels.sequence(cu_seqlens, i_n, rows - 1, T, T)
-    return bos.to(tl.int64), length
+    """First token of sequence ``i_n``, int64, its number of tokens, and of those that are read."""
+    bos, length, live = kernels.sequence(cu_seqlens, i_n, rows - 1, T, T)
+    return bos.to(tl.int64), length, live
 
 
 @triton.jit
@@ -37,8 +37,8 @@ def first_slot(cu_seqlens, i_n, T, size):
 
 
 @triton.jit
-def locate(cu_seqlens, i_slot, rows, T, size):
-    """Of a slot the sequence, the chunk in it, the sequence's first token and number of tokens."""
-    i_n, i_c = kernels.chunk_in_slot(cu_seqlens, i_slot, rows - 1, T, size)
-    start, length = sequence(cu_seqlens, i_n, rows, T)
-    return i_n, i_c, start, length
+def locate(cu_seqlens, i_slot, rows, T, size, o_s=None):
+    """Of a slot the sequence, the chunk in it, and what ``sequence`` says; o_s: ``sequence_at``."""
+    i_n, i_c = kernels.chunk_in_slot(cu_seqlens, i_slot, rows - 1, T, size, o_s)
+    start, length, live = sequence(cu_seqlens, i_n, rows, T)
+    return i_n, i_c, start, length, live

@@ -9,6 +9,7 @@ gradients in one grid, the products over value channels, and what they mean for 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from fla.ops.kda import recurrent
 from fla.ops.kda.chunk_gradients import gradients_kernel, through_states_kernel, unit_kernel
 from fla.ops.kda.chunk_inter import advance_kernel, join_kernel, scans_kernel
 from fla.ops.kda.chunk_intra import halving_kernel, intra_kernel
+from fla.ops.kda.halving import ROOM, TILE
 from fla.ops.kda.slots import rows_and_slots
 from fla.ops.kda.wy_fast import adjoint_kernel, solve_kernel
 
@@ -165,6 +167,8 @@ class Call:
             "BETA_RANGE": 2 if options.neg_eigval else 1,
         }
         self.lower_bound = options.lower_bound if options.gate else None
+        steepest = math.inf if self.lower_bound is None else abs(self.lower_bound)
+        self.all_near = TILE.value * steepest * math.log2(math.e) < ROOM.value
         self.forgets = options.gate and (self.lower_bound is None or self.lower_bound <= 0)
 
     def workspace(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -209,19 +213,8 @@ class Call:
         self.make_operands(None if made else pairs)
         if made:
             return
-        launch(
-            halving_kernel,
-            self.slots * self.HV,
-            (
-                self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens,
-                self.factors, self.near, self.queries, self.solver,
-            ),
-            (self.options.scale, self.lower_bound, self.T, self.rows),
-            {
-                "H": self.H, "HV": self.HV, "K": self.K, **self.common,
-                "GATE": self.options.gate, "num_warps": 4, "num_stages": 1,
-            },
-        )  # fmt: skip
+        if not self.all_near:
+            self.halve()
         launch(
             solve_kernel,
             self.slots * self.HV,
@@ -248,6 +241,22 @@ class Call:
                 "H": self.H, "HV": self.HV, "K": self.K, **self.common, **self.beta_flags,
                 "QK_L2NORM": self.options.qk_l2norm, "GATE": self.options.gate,
                 "FORGETS": self.forgets, "num_warps": INTRA_WARPS, "num_stages": 1,
+            },
+        )  # fmt: skip
+
+    def halve(self) -> None:
+        """M and A of rows too steep for the anchor of their block."""
+        launch(
+            halving_kernel,
+            self.slots * self.HV,
+            (
+                self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens,
+                self.factors, self.near, self.queries, self.solver,
+            ),
+            (self.options.scale, self.lower_bound, self.T, self.rows),
+            {
+                "H": self.H, "HV": self.HV, "K": self.K, **self.common,
+                "GATE": self.options.gate, "num_warps": 4, "num_stages": 1,
             },
         )  # fmt: skip
 

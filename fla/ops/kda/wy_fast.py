@@ -58,9 +58,7 @@ def solve_kernel(
     BLOCKS: tl.constexpr = C // TILE
     i_slot = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV
-    i_n, i_c, _, length = locate(cu_seqlens, i_slot, rows, T, C)
-    if cu_seqlens is not None:
-        length = tl.where(i_n == rows - 1, 0, length)
+    _, i_c, _, _, length = locate(cu_seqlens, i_slot, rows, T, C)
     if i_c * C >= length:
         return
     dtype: tl.constexpr = keys.dtype.element_ty
@@ -126,14 +124,14 @@ def adjoint_kernel(
     """
     i_slot = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV
-    i_n, i_c, start, length = locate(cu_seqlens, i_slot, rows, T, C)
+    _, i_c, start, length, live = locate(cu_seqlens, i_slot, rows, T, C)
     if i_c * C >= length:
         return
     dtype: tl.constexpr = dkeys.dtype.element_ty
     o_c = tl.arange(0, C)
     m_t = i_c * C + o_c < length
     token = start + i_c * C + o_c
-    if cu_seqlens is not None and i_n == rows - 1:  # padding has no gradient
+    if i_c * C >= live:  # padding has no gradient
         zero_rows(dv + (token * HV + i_hv) * V, m_t, V, BV)
         tl.store(dbeta + token * HV + i_hv, tl.zeros([C], dbeta.dtype.element_ty), m_t)
         return
