@@ -1,8 +1,7 @@
 """The walk over time on Hopper, warp-specialised: what does not wait for the state runs ahead.
 
-One warp copies tiles.  Eight warps weigh the pairs inside a chunk and what is added to the state,
-four carry the state and four put out; so a chunk waits for the one before it only where the state
-does.
+One warp copies tiles.  Eight warps weigh the pairs inside a chunk and what is added to the state;
+four carry the state, multiply it and put out.
 """
 
 from __future__ import annotations
@@ -100,11 +99,10 @@ def three_sums(sums, gamma, at, REVERSE: gl.constexpr, PAIRS: gl.constexpr, FLAT
 
 @gluon.jit
 def weigh(
-    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, gamma, cu_seqlens, scale,
-    first, last, N, T, begin, stop, REVERSE: gl.constexpr, GRADIENT: gl.constexpr,
-    GATED: gl.constexpr,
+    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, gamma, cu_seqlens, first, last,
+    N, T, begin, stop, REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """A chunk's pairs a = scale w (x·y); u, its z as they are added to the state; weights of x.
+    """A chunk's pairs a = w (x·y); u, its z as they are added to the state; weights of x.
 
     Where a sequence ends inside a chunk, y and z are cleared before anybody else looks at them.
     """
@@ -119,6 +117,7 @@ def weigh(
         m = o_i <= o_j
     else:
         m = o_i >= o_j
+    b_most = gl.where(m, 127.0, float("-inf"))  # as in ``power``
     n = 0
     if GATED:
         here = visit(cu_seqlens, first, N, T, begin, stop)
@@ -146,7 +145,7 @@ def weigh(
                 b_w = b_i[:, None] - b_j[None, :]
                 if GRADIENT:
                     b_w = -b_w
-                b_w = power(gl.where(m, b_w, float("-inf")))
+                b_w = gl.exp2(gl.minimum(b_w, b_most))
                 b_p = power(b_k if GRADIENT else s_all - b_k)
                 b_q = power(s_all - b_i if GRADIENT else b_i)
                 # the next chunk's, which arrive while this one is at work
@@ -159,11 +158,10 @@ def weigh(
                 b_u = b_z.to(gl.float32) * b_p[:, None]
                 u_tiles.index(n % AHEAD).reshape([C, BZ]).store(b_u.to(b_z.dtype))
                 b_a = warpgroup_mma_wait(0, deps=(b_a,))
-                # of tokens that are not there the product is 0, but w may be 2^127, and scale w ∞
-                b_a = b_a * scale * b_w
+                b_a = b_a * b_w
             else:
                 b_a = warpgroup_mma_wait(0, deps=(b_a,))
-                b_a = gl.where(m, b_a * scale, 0.0)
+                b_a = gl.where(m, b_a, 0.0)
             a_ring.tile(n).store(b_a.to(a_ring.tiles.dtype))
             fence_async_shared()
             gl.thread_barrier()
@@ -185,7 +183,7 @@ def carry_on(
     H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
     GRADIENT: gl.constexpr, TURNED: gl.constexpr, V_FIRST: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """Carry the state from chunk to chunk, and put out = scale w (x·S) + a z, and rows.
+    """Carry the state from chunk to chunk, and put out = scale (w (x·S) + a z), and rows.
 
     All of it stands the other way round, Sᵀ [Z, X] and outᵀ [Z, C]: so the state is, from
     registers, the left operand of its own product.
@@ -257,10 +255,11 @@ def carry_on(
                 b_f = b_b * b_q[None, :]
                 b_f = rounded(b_f) - b_f
                 b_o, b_s, b_f = warpgroup_mma_wait(0, deps=(b_o, b_s, b_f))
-                b_f = b_o * b_f * scale
+                b_f = b_o * b_f
             else:
                 b_o, b_s = warpgroup_mma_wait(0, deps=(b_o, b_s))
-            b_o = b_o * (b_q * scale)[None, :] if GATED else b_o * scale
+            if GATED:
+                b_o = b_o * b_q[None, :]
             z_turned = z_ring.tile(n).permute((1, 0))
             b_o = warpgroup_mma(z_turned, a_ring.tile(n).permute((1, 0)), b_o, is_async=True)
             if GATED:
@@ -270,9 +269,10 @@ def carry_on(
                 b_s = warpgroup_mma(z_turned, y_ring.tile(n), b_s, is_async=True)
             b_o = warpgroup_mma_wait(1, deps=(b_o,))
             o_tile = o_tiles.index(n % 2).reshape([C, BZ])
-            o_tile.permute((1, 0)).store(b_o.to(o_desc.dtype))
+            o_tile.permute((1, 0)).store((b_o * scale).to(o_desc.dtype))
             if SPLIT:
-                gl.store(rows + token + o_i, gl.sum(b_f + b_o * b_b, 0), mask=o_i < there)
+                b_r = gl.sum(b_f + b_o * b_b, 0) * scale
+                gl.store(rows + token + o_i, b_r, mask=o_i < there)
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
             tma.store_wait(0)  # of the last chunk, so that the next may be laid down
             fence_async_shared()
@@ -371,7 +371,7 @@ def hopper_walk_kernel(
                 weigh,
                 (
                     x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, gamma, cu_seqlens,
-                    scale, first, last, N, T, begin, stop, REVERSE, GRADIENT, GATED,
+                    first, last, N, T, begin, stop, REVERSE, GRADIENT, GATED,
                 ),
             ),
             (
