@@ -47,6 +47,8 @@ COPY_REGISTERS = gl.constexpr(32)
 BZ = gl.constexpr(64)
 # Chunks that the pairs may be ahead of the output
 AHEAD = gl.constexpr(2)
+# Columns of a chunk that shared memory holds beside two tiles each of pairs, u and the output
+_COLUMNS = 1400
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _COLUMN = gl.constexpr(gl.SliceLayout(0, _ACC))
 _VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -415,7 +417,7 @@ def run_walk(
             "GRADIENT": gradient,
             "TURNED": turned,
             "V_FIRST": v_first,
-            "STAGES": 2 if X == 256 else 3,  # what fits into shared memory
+            "STAGES": _COLUMNS // (2 * X + block * (1 if beside is None else 2)),
             "num_warps": 4,
         },
     )
