@@ -250,12 +250,14 @@ def carry_on(
                 b_s = b_s * power(s_next)
                 t_next, n_next = chunk_ahead(i + 1, here, after, cu_seqlens, BACK)
                 s_next = sum_of(sums, gamma, t_next, n_next, REVERSE)
-            # what the product can be waited for with is told to be done by then
             if SPLIT:
                 # beside, as the other walk's state holds it
                 b_b = b_ring.tile(n).permute((1, 0)).load(_ACC).to(gl.float32)
                 b_f = b_b * b_q[None, :]
                 b_f = rounded(b_f) - b_f
+            # Over already; but what stands above stays there, and is done while the product is
+            a_ring.wait(n)
+            if SPLIT:
                 b_o, b_s, b_f = warpgroup_mma_wait(0, deps=(b_o, b_s, b_f))
                 b_f = b_o * b_f
             else:
