@@ -56,9 +56,9 @@ def gate_kernel(
     blocks = tl.cdiv(length, BLOCK)
     own = tl.cdiv(blocks, shares)
     # in the order of time, from the end: blocks of other shares before the own ones
-    before = tl.minimum(share * own, blocks)
+    before = share * own
     b_sum = tl.zeros([BLOCK], tl.float64)
-    for i in range(0, before):
+    for i in range(0, tl.where(before < blocks, before, 0)):
         t = (i if REVERSE else blocks - 1 - i) * BLOCK + o_b
         p = i_h * tokens.to(tl.int64) + bos + t
         b_r = rows_at(q_rows, k_rows, p, tokens, H, t < live, PARTS, BLOCK)
@@ -86,9 +86,10 @@ def gate_gradient(
         "REVERSE": call.constants["REVERSE"],
         "num_warps": _WARPS,
     }
-    # shares of a sequence read what comes after them once more, but fill the GPU
+    # shares of a sequence read what comes after them once more, but fill the GPU; packed, most of
+    # the sequences may be short
     sequences = (call.N + call.packed) * call.H
-    shares = min(cdiv(2 * multiprocessors(g.device), sequences), cdiv(call.T, _BLOCK))
+    shares = min(cdiv(4 * multiprocessors(g.device), sequences), cdiv(call.T, _BLOCK))
     launch(
         gate_kernel,
         sequences * shares,

@@ -24,7 +24,7 @@ def walk(
     if (
         X not in (64, 128, 256)
         or Z % BZ.value
-        or (X == 256 and beside is not None)  # more than shared memory has
+        or (X == 256 and beside is not None)  # more than registers hold
         or (segment and B > 1)  # segments are a row's
         or new_norm
         or norm is not None

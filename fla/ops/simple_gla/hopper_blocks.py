@@ -37,15 +37,17 @@ def sequences_in(cu_seqlens, i_b, N, T, begin, stop):
         first = i_b
         last = i_b + 1
     else:
-        stop = gl.where(stop >= T, T + 1, stop)  # empty ones at the very end too
         first = begin * 0
-        last = begin * 0
-        for at in range(0, N + 1, _BLOCK):
-            o_n = at + gl.arange(0, _BLOCK, gl.BlockedLayout([2], [32], [4], [0]))
-            b_bos = gl.load(cu_seqlens + o_n, mask=o_n <= N, other=T + 1).to(gl.int32)
-            b_eos = gl.load(cu_seqlens + o_n + 1, mask=o_n < N, other=T + 1).to(gl.int32)
-            first += gl.sum(((b_bos < begin) & (b_eos <= begin)).to(gl.int32), 0)
-            last += gl.sum((b_bos < stop).to(gl.int32), 0)
+        last = first + N + 1
+        if (begin > 0) | (stop < T):  # else all of them, empty ones at the very end too
+            last = first
+            stop = gl.where(stop >= T, T + 1, stop)
+            for at in range(0, N + 1, _BLOCK):
+                o_n = at + gl.arange(0, _BLOCK, gl.BlockedLayout([2], [32], [4], [0]))
+                b_bos = gl.load(cu_seqlens + o_n, mask=o_n <= N, other=T + 1).to(gl.int32)
+                b_eos = gl.load(cu_seqlens + o_n + 1, mask=o_n < N, other=T + 1).to(gl.int32)
+                first += gl.sum(((b_bos < begin) & (b_eos <= begin)).to(gl.int32), 0)
+                last += gl.sum((b_bos < stop).to(gl.int32), 0)
     return first, last
 
 
@@ -53,11 +55,12 @@ def sequences_in(cu_seqlens, i_b, N, T, begin, stop):
 def visit(cu_seqlens, i_n, N, T, begin, stop):
     """Of sequence i_n its first token and its length; of its chunks those in [begin, stop).
 
-    These are the first one, and how many.
+    These are the first one, and how many.  Behind the last sequence lies what sequence N is.
     """
     bos = begin * 0
     length = T
     if cu_seqlens is not None:
+        i_n = gl.minimum(i_n, N)
         bos = gl.minimum(gl.load(cu_seqlens + i_n).to(gl.int32), T)
         eos = gl.load(cu_seqlens + i_n + 1, mask=i_n < N, other=T).to(gl.int32)
         length = gl.minimum(eos, T) - bos
@@ -67,8 +70,9 @@ def visit(cu_seqlens, i_n, N, T, begin, stop):
 
 
 @gluon.jit
-def chunk_at(i, bos, length, first, steps, BACK: gl.constexpr):
-    """The first token of the chunk of step i, and how many tokens it has."""
+def chunk_at(i, here, BACK: gl.constexpr):
+    """The first token of the chunk of step i of a visit, and how many tokens it has."""
+    bos, length, first, steps = here
     c = first + i
     if BACK:
         c = first + steps - 1 - i
@@ -76,10 +80,19 @@ def chunk_at(i, bos, length, first, steps, BACK: gl.constexpr):
 
 
 @gluon.jit
-def chunk_ahead(i, bos, length, first, steps, BACK: gl.constexpr):
-    """``chunk_at``, but no tokens where there is no step i: what is loaded for it is masked."""
-    token, there = chunk_at(i, bos, length, first, steps, BACK)
-    return token, gl.where(i < steps, there, 0)
+def chunk_ahead(i, here, after, cu_seqlens, BACK: gl.constexpr):
+    """``chunk_at`` in the visit ``here``, or the first chunk of that ``after`` it.
+
+    No tokens where there is none: what is loaded for it is masked.
+    """
+    token, there = chunk_at(i, here, BACK)
+    within = i < here[3]
+    if cu_seqlens is not None:
+        first, behind = chunk_at(0, after, BACK)
+        token = gl.where(within, token, first)
+        there = gl.where(within, there, behind)
+        within = within | (after[3] > 0)
+    return token, gl.where(within, there, 0)
 
 
 @gluon.jit

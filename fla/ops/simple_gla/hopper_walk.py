@@ -1,8 +1,7 @@
 """The walk over time on Hopper, warp-specialised: what does not wait for the state runs ahead.
 
-One warp copies tiles.  Eight warps weigh the pairs inside a chunk and what is added to the state,
-four carry the state and four put out; so a chunk waits for the one before it only where the state
-does.
+One warp copies tiles.  Eight warps weigh the pairs inside a chunk and what is added to the state;
+four carry the state, multiply it and put out.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -23,11 +21,9 @@ from fla.ops.common.hopper import (
     Ring,
     arrive,
     descriptor,
-    new_barriers,
     new_ring,
     new_tiles,
     wait_before,
-    wait_for,
 )
 from fla.ops.common.kernels import cdiv
 from fla.ops.common.launch import launch
@@ -46,86 +42,72 @@ from fla.ops.simple_gla.hopper_blocks import (
 )
 
 # Registers a thread; what they leave is the state's
-OUT_REGISTERS = gl.constexpr(128)
-WEIGH_REGISTERS = gl.constexpr(80)
+WEIGH_REGISTERS = gl.constexpr(104)
 COPY_REGISTERS = gl.constexpr(32)
 BZ = gl.constexpr(64)
 # Chunks that the pairs may be ahead of the output
 AHEAD = gl.constexpr(2)
-# Rows that are cleared at once where a sequence ends inside a tile
-_ROWS = gl.constexpr(8)
-_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+# Columns of a chunk that shared memory holds beside two tiles each of pairs, u and the output
+_COLUMNS = 1400
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-_ROW = gl.constexpr(gl.SliceLayout(1, _ACC))
 _COLUMN = gl.constexpr(gl.SliceLayout(0, _ACC))
+_VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def clear(tile, there):
-    """Zeros for the rows of a tile at ``there`` and beyond it, by one warp."""
-    FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    for i in gl.static_range(0, C, _ROWS):
-        part = tile.slice(i, _ROWS)
-        m = i + gl.arange(0, _ROWS, gl.SliceLayout(1, FLAT)) < there
-        part.store(gl.where(m[:, None], part.load(FLAT), 0.0))
+def clear(tile, there, LAYOUT: gl.constexpr):
+    """Zeros for the rows of a tile from ``there`` on.
 
-
-@gluon.jit
-def fill_partial(y_ring, z_ring, y_desc, z_desc, y_place, z_place, n, there, copied, partial):
-    """Copy keys and values where a sequence ends inside the tiles; beyond it they are zeros.
-
-    Rows of another sequence may hold anything, and no weight makes zero of that.  ``partial`` times
-    before the barrier ``copied`` has been used.
+    They are another sequence's and may hold anything, of which no weight makes zero.
     """
-    stages: gl.constexpr = y_ring.tiles.shape[0]
-    stage = n % stages
-    wait_before(y_ring.empty, n)
-    wait_before(z_ring.empty, n)
-    mbarrier.expect(copied.index(0), y_desc.block_type.nbytes + z_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(y_desc, y_place, copied.index(0), y_ring.tiles.index(stage))
-    tma.async_copy_global_to_shared(z_desc, z_place, copied.index(0), z_ring.tiles.index(stage))
-    wait_for(copied, partial)
-    clear(y_ring.tile(n), there)
-    clear(z_ring.tile(n), there)
-    fence_async_shared()
-    gl.thread_barrier()
-    arrive(y_ring.ready, n)
-    arrive(z_ring.ready, n)
+    m = gl.arange(0, C, gl.SliceLayout(1, LAYOUT)) < there
+    tile.store(gl.where(m[:, None], tile.load(LAYOUT), 0.0))
 
 
 @gluon.jit
 def produce(
-    x_desc, y_desc, z_desc, b_desc, x_ring, y_ring, z_ring, b_ring, copied, cu_seqlens,
+    x_desc, y_desc, z_desc, b_desc, x_ring, y_ring, z_ring, b_ring, cu_seqlens,
     i_b, i_h, i_z, first, last, N, T, begin, stop, BACK: gl.constexpr,
 ):  # fmt: skip
-    """Copy the tiles of each chunk in the order of the walk."""
+    """Copy the tiles of each chunk in the order of the walk; those of x bring the others along."""
+    MORE: gl.constexpr = (
+        y_desc.block_type.nbytes
+        + z_desc.block_type.nbytes
+        + (0 if b_desc is None else b_desc.block_type.nbytes)
+    )
     n = 0
-    partial = 0
     for i_n in range(first, gl.minimum(last, N)):
-        bos, length, start, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
-        for i in range(steps):
-            token, there = chunk_at(i, bos, length, start, steps, BACK)
+        here = visit(cu_seqlens, i_n, N, T, begin, stop)
+        for i in range(here[3]):
+            token, _ = chunk_at(i, here, BACK)
             wide = [i_b, token, i_h, 0]
             block = [i_b, token, i_h, i_z * BZ]
-            x_ring.fill(x_desc, wide, n)
-            if there == C or cu_seqlens is None:
-                y_ring.fill(y_desc, wide, n)
-                z_ring.fill(z_desc, block, n)
-            else:
-                fill_partial(y_ring, z_ring, y_desc, z_desc, wide, block, n, there, copied, partial)
-                partial += 1
+            x_ring.fill(x_desc, wide, n, MORE)
+            x_ring.join(y_desc, wide, n, y_ring.tiles)
+            x_ring.join(z_desc, block, n, z_ring.tiles)
             if b_desc is not None:
-                b_ring.fill(b_desc, block, n)
+                x_ring.join(b_desc, block, n, b_ring.tiles)
             n += 1
 
 
 @gluon.jit
+def three_sums(sums, gamma, at, REVERSE: gl.constexpr, PAIRS: gl.constexpr, FLAT: gl.constexpr):
+    """``sums_at`` along rows and columns of pairs, and along rows of tiles."""
+    b_i, s_all = sums_at(sums, gamma, at[0], at[1], REVERSE, gl.SliceLayout(1, PAIRS))
+    b_j, s_all = sums_at(sums, gamma, at[0], at[1], REVERSE, gl.SliceLayout(0, PAIRS))
+    b_k, s_all = sums_at(sums, gamma, at[0], at[1], REVERSE, gl.SliceLayout(1, FLAT))
+    return b_i, b_j, b_k, s_all
+
+
+@gluon.jit
 def weigh(
-    x_ring, y_ring, z_ring, a_ring, u_tiles, sums, gamma, cu_seqlens, scale,
-    first, last, N, T, begin, stop, REVERSE: gl.constexpr, GRADIENT: gl.constexpr,
-    GATED: gl.constexpr,
+    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, gamma, cu_seqlens, first, last,
+    N, T, begin, stop, REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """A chunk's pairs a = scale w (x·y), and u, its z as they are added to the state."""
+    """A chunk's pairs a = w (x·y); u, its z as they are added to the state; weights of x.
+
+    Where a sequence ends inside a chunk, y and z are cleared before anybody else looks at them.
+    """
     BACK: gl.constexpr = REVERSE != GRADIENT
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     PAIRS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
@@ -137,17 +119,26 @@ def weigh(
         m = o_i <= o_j
     else:
         m = o_i >= o_j
+    b_most = gl.where(m, 127.0, float("-inf"))  # as in ``power``
     n = 0
+    if GATED:
+        here = visit(cu_seqlens, first, N, T, begin, stop)
+        at = chunk_ahead(0, here, here, cu_seqlens, BACK)
+        b_i, b_j, b_k, s_all = three_sums(sums, gamma, at, REVERSE, PAIRS, FLAT)
     for i_n in range(first, gl.minimum(last, N)):
-        bos, length, start, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
         if GATED:
-            token, there = chunk_ahead(0, bos, length, start, steps, BACK)
-            b_i, s_all = sums_at(sums, gamma, token, there, REVERSE, ROW)
-            b_j, s_all = sums_at(sums, gamma, token, there, REVERSE, COLUMN)
-            b_k, s_all = sums_at(sums, gamma, token, there, REVERSE, gl.SliceLayout(1, FLAT))
-        for i in range(steps):
+            after = visit(cu_seqlens, i_n + 1, N, T, begin, stop)
+        else:
+            here = visit(cu_seqlens, i_n, N, T, begin, stop)
+        for i in range(here[3]):
             x_ring.wait(n)
-            y_ring.wait(n)
+            if cu_seqlens is not None:
+                _, there = chunk_at(i, here, BACK)
+                if there < C:
+                    clear(y_ring.tile(n), there, FLAT)
+                    clear(z_ring.tile(n), there, FLAT)
+                    fence_async_shared()
+                    gl.thread_barrier()
             b_0 = gl.zeros([C, C], gl.float32, PAIRS)
             b_a = warpgroup_mma(
                 x_ring.tile(n), y_ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True
@@ -156,186 +147,166 @@ def weigh(
                 b_w = b_i[:, None] - b_j[None, :]
                 if GRADIENT:
                     b_w = -b_w
-                b_w = power(gl.where(m, b_w, float("-inf")))
+                b_w = gl.exp2(gl.minimum(b_w, b_most))
                 b_p = power(b_k if GRADIENT else s_all - b_k)
+                b_q = power(s_all - b_i if GRADIENT else b_i)
                 # the next chunk's, which arrive while this one is at work
-                token, there = chunk_ahead(i + 1, bos, length, start, steps, BACK)
-                b_i, s_all = sums_at(sums, gamma, token, there, REVERSE, ROW)
-                b_j, s_all = sums_at(sums, gamma, token, there, REVERSE, COLUMN)
-                b_k, s_all = sums_at(sums, gamma, token, there, REVERSE, gl.SliceLayout(1, FLAT))
+                at = chunk_ahead(i + 1, here, after, cu_seqlens, BACK)
+                b_i, b_j, b_k, s_all = three_sums(sums, gamma, at, REVERSE, PAIRS, FLAT)
             wait_before(a_ring.empty, n)
             if GATED:
-                z_ring.wait(n)
+                q_tiles.index(n % AHEAD).store(b_q)
                 b_z = z_ring.tile(n).load(FLAT)
                 b_u = b_z.to(gl.float32) * b_p[:, None]
                 u_tiles.index(n % AHEAD).reshape([C, BZ]).store(b_u.to(b_z.dtype))
                 b_a = warpgroup_mma_wait(0, deps=(b_a,))
-                # of tokens that are not there the product is 0, but w may be 2^127, and scale w ∞
-                b_a = b_a * scale * b_w
+                b_a = b_a * b_w
             else:
                 b_a = warpgroup_mma_wait(0, deps=(b_a,))
-                b_a = gl.where(m, b_a * scale, 0.0)
+                b_a = gl.where(m, b_a, 0.0)
             a_ring.tile(n).store(b_a.to(a_ring.tiles.dtype))
             fence_async_shared()
             gl.thread_barrier()
             arrive(a_ring.ready, n)
             arrive(x_ring.empty, n)
-            arrive(y_ring.empty, n)
-            if GATED:
-                arrive(z_ring.empty, n)
             n += 1
+        if GATED:
+            if cu_seqlens is not None:
+                if here[3] == 0:
+                    at = chunk_ahead(0, after, after, cu_seqlens, BACK)
+                    b_i, b_j, b_k, s_all = three_sums(sums, gamma, at, REVERSE, PAIRS, FLAT)
+            here = after
 
 
 @gluon.jit
 def carry_on(
-    y_ring, z_ring, a_ring, u_tiles, h_ring, l_tile, sums, gamma, start, carry, end, cu_seqlens,
-    scale, i_h, i_z, first, last, N, T, begin, stop, H: gl.constexpr, X: gl.constexpr,
-    Z: gl.constexpr, REVERSE: gl.constexpr, GRADIENT: gl.constexpr, TURNED: gl.constexpr,
-    V_FIRST: gl.constexpr, GATED: gl.constexpr, SPLIT: gl.constexpr,
+    o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles, o_tiles, sums,
+    gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z, first, last, N, T, begin, stop,
+    H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
+    GRADIENT: gl.constexpr, TURNED: gl.constexpr, V_FIRST: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """Carry the state from chunk to chunk, and lay out what enters each as an operand.
+    """Carry the state from chunk to chunk, and put out = scale (w (x·S) + a z), and rows.
 
-    SPLIT, what bf16 leaves of it is another.
-    """
-    BACK: gl.constexpr = REVERSE != GRADIENT
-    o_x = gl.arange(0, X, _ROW)[:, None]
-    o_z = i_z * BZ + gl.arange(0, BZ, _COLUMN)[None, :]
-    p_kv = o_z * X + o_x if TURNED else o_x * Z + o_z
-    p_state = o_z * X + o_x if TURNED != V_FIRST else o_x * Z + o_z
-    s_held = scale if GRADIENT else 1.0
-    n = 0
-    for i_n in range(first, gl.minimum(last, N)):
-        bos, length, at, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
-        count = gl.cdiv(length, C)
-        head = bos >= begin
-        tail = (at + steps == count) & ((at < count) | (length == 0))
-        opens = tail if BACK else head
-        closes = head if BACK else tail
-        place = (i_n * H + i_h).to(gl.int64) * (X * Z)
-        b_s = gl.zeros([X, BZ], gl.float32, _ACC)
-        if start is not None:
-            b_start = gl.load(start + place + p_state, mask=opens & (o_x < X), other=0.0)
-            b_s += b_start.to(gl.float32) / s_held
-        if carry is not None:
-            b_s += gl.load(carry + p_kv, mask=(opens == 0) & (o_x < X), other=0.0)
-        if GATED:
-            token, there = chunk_ahead(0, bos, length, at, steps, BACK)
-            s_next = sum_of(sums, gamma, token, there, REVERSE)
-        for i in range(steps):
-            if GATED:
-                s_all = s_next
-                token, there = chunk_ahead(i + 1, bos, length, at, steps, BACK)
-                s_next = sum_of(sums, gamma, token, there, REVERSE)
-            wait_before(h_ring.empty, n)
-            h_tile = h_ring.tile(0)
-            if SPLIT:
-                b_h = leading(b_s)
-                h_tile.store(b_h.to(h_tile.dtype))
-                l_tile.store((b_s - b_h).to(l_tile.dtype))
-            else:
-                h_tile.store(b_s.to(h_tile.dtype))
-            fence_async_shared()
-            gl.thread_barrier()
-            arrive(h_ring.ready, n)
-            y_ring.wait(n)
-            turned = y_ring.tile(n).permute((1, 0))
-            if GATED:
-                b_s = b_s * power(s_all)
-                a_ring.wait(n)
-                u = u_tiles.index(n % AHEAD).reshape([C, BZ])
-                b_s = warpgroup_mma(turned, u, b_s, is_async=True)
-            else:
-                z_ring.wait(n)
-                b_s = warpgroup_mma(turned, z_ring.tile(n), b_s, is_async=True)
-            b_s = warpgroup_mma_wait(0, deps=(b_s,))
-            gl.thread_barrier()
-            arrive(y_ring.empty, n)
-            if GATED:
-                arrive(a_ring.empty, n)
-            else:
-                arrive(z_ring.empty, n)
-            n += 1
-        if end is not None:
-            b_e = (b_s * s_held).to(end.dtype.element_ty)
-            gl.store(end + place + p_state, b_e, mask=closes & (o_x < X))
-
-
-@gluon.jit
-def put_out(
-    o_desc, out, rows, x_ring, z_ring, b_ring, a_ring, h_ring, l_tile, o_tile, sums, gamma,
-    cu_seqlens, scale, i_b, i_h, i_z, first, last, N, T, begin, stop, H: gl.constexpr,
-    Z: gl.constexpr, REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
-    """out = scale w (x·S) + a z, and rows.
+    All of it stands the other way round, Sᵀ [Z, X] and outᵀ [Z, C]: so the state is, from
+    registers, the left operand of its own product.
 
     The gate's gradient is what is left between rows of two walks.  Each pair of tokens is in both,
     once through either walk's state.  Both have a key, or a query, with its weight and rounded: so
     has each row here, and what is rounded alike leaves nothing between them.
     """
     BACK: gl.constexpr = REVERSE != GRADIENT
-    SPLIT: gl.constexpr = rows is not None
-    o_c = gl.arange(0, C, _ROW)
-    p_o = o_c[:, None] * (H * Z) + i_z * BZ + gl.arange(0, BZ, _COLUMN)[None, :]
+    SPLIT: gl.constexpr = rows is not None  # what bf16 leaves of the state is another operand
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128 if X > 128 else X, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, _ACC, 2)
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    o_x = gl.arange(0, X, gl.SliceLayout(0, STATE))[None, :]
+    o_z = i_z * BZ + gl.arange(0, BZ, gl.SliceLayout(1, STATE))[:, None]
+    p_kv = o_z * X + o_x if TURNED else o_x * Z + o_z  # [BZ, X]
+    p_state = o_z * X + o_x if TURNED != V_FIRST else o_x * Z + o_z
+    o_i = gl.arange(0, C, _COLUMN)
+    o_c = gl.arange(0, C, gl.SliceLayout(1, FLAT))
+    o_o = gl.arange(0, BZ, gl.SliceLayout(0, FLAT))
+    p_o = i_h * Z + i_z * BZ + o_c[:, None] * (H * Z) + o_o[None, :]  # [C, BZ]
+    s_held = scale if GRADIENT else 1.0
     n = 0
-    for i_n in range(first, last):
-        bos, length, at, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
+    if GATED:
+        here = visit(cu_seqlens, first, N, T, begin, stop)
+        token, there = chunk_ahead(0, here, here, cu_seqlens, BACK)
+        s_next = sum_of(sums, gamma, token, there, REVERSE)
+    for i_n in range(first, gl.minimum(last, N)):
         if GATED:
-            token, there = chunk_ahead(0, bos, length, at, gl.where(i_n < N, steps, 0), BACK)
-            b_next, s_next = sums_at(sums, gamma, token, there, REVERSE, _ROW)
+            after = visit(cu_seqlens, i_n + 1, N, T, begin, stop)
+        else:
+            here = visit(cu_seqlens, i_n, N, T, begin, stop)
+        bos, length, at, steps = here
+        count = gl.cdiv(length, C)
+        head = bos >= begin
+        tail = (at + steps == count) & ((at < count) | (length == 0))
+        opens = tail if BACK else head
+        closes = head if BACK else tail
+        place = (i_n * H + i_h).to(gl.int64) * (X * Z)
+        b_s = gl.zeros([BZ, X], gl.float32, STATE)
+        if start is not None:
+            b_start = gl.load(start + place + p_state, mask=opens & (o_x < X), other=0.0)
+            b_s += b_start.to(gl.float32) / s_held
+        if carry is not None:
+            b_s += gl.load(carry + p_kv, mask=(opens == 0) & (o_x < X), other=0.0)
         for i in range(steps):
-            token, there = chunk_at(i, bos, length, at, steps, BACK)
-            p = out + (token.to(gl.int64) * H + i_h) * Z + p_o
-            m_c = o_c < there
-            if i_n < N:
-                if GATED:
-                    b_q = power(s_next - b_next if GRADIENT else b_next)
-                    t_next, n_next = chunk_ahead(i + 1, bos, length, at, steps, BACK)
-                    b_next, s_next = sums_at(sums, gamma, t_next, n_next, REVERSE, _ROW)
-                x_ring.wait(n)
-                h_ring.wait(n)
-                b_o = gl.zeros([C, BZ], gl.float32, _ACC)
-                b_o = warpgroup_mma(
-                    x_ring.tile(n), h_ring.tile(0), b_o, use_acc=False, is_async=True
-                )
-                if SPLIT:
-                    b_o = warpgroup_mma(x_ring.tile(n), l_tile, b_o, is_async=True)
-                tma.store_wait(0)  # the last chunk's
-                b_o = warpgroup_mma_wait(0, deps=(b_o,))
-                gl.thread_barrier()
-                arrive(x_ring.empty, n)
-                arrive(h_ring.empty, n)
-                if SPLIT:
-                    # beside, as the other walk's state holds it
-                    b_ring.wait(n)
-                    b_f = b_ring.tile(n).load(_ACC).to(gl.float32) * b_q[:, None]
-                    b_r = gl.sum(b_o * (rounded(b_f) - b_f), 1) * scale
-                if GATED:
-                    b_o = b_o * (b_q * scale)[:, None]
-                else:
-                    b_o = b_o * scale
-                a_ring.wait(n)
-                z_ring.wait(n)
-                b_o = warpgroup_mma(a_ring.tile(n), z_ring.tile(n), b_o, is_async=True)
-                b_o = warpgroup_mma_wait(0, deps=(b_o,))
-                o_tile.store(b_o.to(o_tile.dtype))
-                if SPLIT:
-                    b_r += gl.sum(b_o * b_ring.tile(n).load(_ACC).to(gl.float32), 1)
-                    gl.store(rows + token + o_c, b_r, mask=m_c)
-                fence_async_shared()
-                gl.thread_barrier()
-                arrive(z_ring.empty, n)
-                arrive(a_ring.empty, n)
-                if SPLIT:
-                    arrive(b_ring.empty, n)
-                if there == C or cu_seqlens is None:
-                    tile = o_tile.reshape([1, C, 1, BZ])
-                    tma.async_copy_shared_to_global(o_desc, [i_b, token, i_h, i_z * BZ], tile)
-                else:
-                    gl.store(p, b_o.to(o_tile.dtype), mask=m_c[:, None])
-                n += 1
-            else:  # behind the last sequence
-                b_0 = gl.zeros([C, BZ], o_tile.dtype, _ACC)
-                gl.store(p, b_0, mask=m_c[:, None])
+            token, there = chunk_at(i, here, BACK)
+            x_ring.wait(n)
+            turned = x_ring.tile(n).permute((1, 0))
+            b_h = leading(b_s) if SPLIT else b_s
+            b_o = gl.zeros([BZ, C], gl.float32, _ACC)
+            b_o = warpgroup_mma(
+                gl.convert_layout(b_h.to(o_desc.dtype), LEFT), turned, b_o, use_acc=False,
+                is_async=True,
+            )  # fmt: skip
+            if SPLIT:
+                b_l = gl.convert_layout((b_s - b_h).to(o_desc.dtype), LEFT)
+                b_o = warpgroup_mma(b_l, turned, b_o, is_async=True)
+            a_ring.wait(n)
+            if GATED:
+                b_q = q_tiles.index(n % AHEAD).load(_COLUMN)
+                b_s = b_s * power(s_next)
+                t_next, n_next = chunk_ahead(i + 1, here, after, cu_seqlens, BACK)
+                s_next = sum_of(sums, gamma, t_next, n_next, REVERSE)
+            if SPLIT:
+                # beside, as the other walk's state holds it
+                b_b = b_ring.tile(n).permute((1, 0)).load(_ACC).to(gl.float32)
+                b_f = b_b * b_q[None, :]
+                b_f = rounded(b_f) - b_f
+            # Over already; but what stands above stays there, and is done while the product is
+            a_ring.wait(n)
+            if SPLIT:
+                b_o, b_s, b_f = warpgroup_mma_wait(0, deps=(b_o, b_s, b_f))
+                b_f = b_o * b_f
+            else:
+                b_o, b_s = warpgroup_mma_wait(0, deps=(b_o, b_s))
+            if GATED:
+                b_o = b_o * b_q[None, :]
+            z_turned = z_ring.tile(n).permute((1, 0))
+            b_o = warpgroup_mma(z_turned, a_ring.tile(n).permute((1, 0)), b_o, is_async=True)
+            if GATED:
+                u = u_tiles.index(n % AHEAD).reshape([C, BZ])
+                b_s = warpgroup_mma(u.permute((1, 0)), y_ring.tile(n), b_s, is_async=True)
+            else:
+                b_s = warpgroup_mma(z_turned, y_ring.tile(n), b_s, is_async=True)
+            b_o = warpgroup_mma_wait(1, deps=(b_o,))
+            o_tile = o_tiles.index(n % 2).reshape([C, BZ])
+            o_tile.permute((1, 0)).store((b_o * scale).to(o_desc.dtype))
+            if SPLIT:
+                b_r = gl.sum(b_f + b_o * b_b, 0) * scale
+                gl.store(rows + token + o_i, b_r, mask=o_i < there)
+            b_s = warpgroup_mma_wait(0, deps=(b_s,))
+            tma.store_wait(0)  # of the last chunk, so that the next may be laid down
+            fence_async_shared()
+            gl.thread_barrier()
+            arrive(x_ring.empty, n)
+            arrive(a_ring.empty, n)
+            if there == C or cu_seqlens is None:
+                tile = o_tiles.index(n % 2)
+                tma.async_copy_shared_to_global(o_desc, [i_b, token, i_h, i_z * BZ], tile)
+            else:
+                p = out + token.to(gl.int64) * (H * Z) + p_o
+                gl.store(p, o_tile.load(FLAT), mask=(o_c < there)[:, None])
+            n += 1
+        if end is not None:
+            b_e = (b_s * s_held).to(end.dtype.element_ty)
+            gl.store(end + place + p_state, b_e, mask=closes & (o_x < X))
+        if GATED:
+            if cu_seqlens is not None:
+                if steps == 0:
+                    token, there = chunk_ahead(0, after, after, cu_seqlens, BACK)
+                    s_next = sum_of(sums, gamma, token, there, REVERSE)
+            here = after
+    if cu_seqlens is not None:
+        if last > N:  # behind the last sequence
+            behind = visit(cu_seqlens, N, N, T, begin, stop)
+            for i in range(behind[3]):
+                token, there = chunk_at(i, behind, False)
+                p = out + token.to(gl.int64) * (H * Z) + p_o
+                b_0 = gl.zeros([C, BZ], o_desc.dtype, FLAT)
+                gl.store(p, b_0, mask=(o_c < there)[:, None])
     tma.store_wait(0)
 
 
@@ -374,62 +345,49 @@ def hopper_walk_kernel(
         carry += (unit * H + i_h).to(gl.int64) * (X * Z + (Z if TURNED else X))
 
     x_ring = new_ring(x_desc, STAGES, 2)
-    y_ring = new_ring(y_desc, STAGES, 2)
-    z_ring = new_ring(z_desc, STAGES, 2)
-    a_ring = new_ring(o_desc, AHEAD, 2 if GATED else 1)
-    h_tiles = gl.allocate_shared_memory(o_desc.dtype, [1, 1, X, 1, BZ], o_desc.layout)
-    h_ring = Ring(h_tiles, new_barriers(1, 1), new_barriers(1, 1))
-    o_tile = gl.allocate_shared_memory(o_desc.dtype, [C, BZ], _TILE)
+    y_ring = Ring(new_tiles(y_desc, STAGES), x_ring.ready, x_ring.empty)
+    z_ring = Ring(new_tiles(z_desc, STAGES), x_ring.ready, x_ring.empty)
+    a_ring = new_ring(o_desc, AHEAD, 1)
+    o_tiles = new_tiles(o_desc, 2)
     # These stand for what a call does not have; partitions take no None.  No barrier is made that
     # is not used: its memory would be that of a tile, and its beginning be seen there.
     u_tiles = a_ring.tiles
+    q_tiles = a_ring.tiles
     b_ring = z_ring
-    l_tile = o_tile
-    copied = x_ring.ready
     if GATED:
         u_tiles = new_tiles(o_desc, AHEAD)
+        q_tiles = gl.allocate_shared_memory(gl.float32, [AHEAD, C], _VECTOR)
     if rows is not None:
-        b_ring = new_ring(b_desc, STAGES, 1)
-        l_tile = gl.allocate_shared_memory(o_desc.dtype, [X, BZ], _TILE)
-    if cu_seqlens is not None:
-        copied = new_barriers(1, 1)
+        b_ring = Ring(new_tiles(b_desc, STAGES), x_ring.ready, x_ring.empty)
     fence_async_shared()
     gl.warp_specialize(
         [
             (
                 carry_on,
                 (
-                    y_ring, z_ring, a_ring, u_tiles, h_ring, l_tile, sums, gamma, start, carry,
-                    end, cu_seqlens, scale, i_h, i_z, first, last, N, T, begin, stop,
-                    H, X, Z, REVERSE, GRADIENT, TURNED, V_FIRST, GATED, rows is not None,
-                ),
-            ),
-            (
-                put_out,
-                (
-                    o_desc, out, rows, x_ring, z_ring, b_ring, a_ring, h_ring, l_tile, o_tile,
-                    sums, gamma, cu_seqlens, scale, i_b, i_h, i_z, first, last, N, T, begin, stop,
-                    H, Z, REVERSE, GRADIENT, GATED,
+                    o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles,
+                    o_tiles, sums, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z,
+                    first, last, N, T, begin, stop,
+                    H, X, Z, REVERSE, GRADIENT, TURNED, V_FIRST, GATED,
                 ),
             ),
             (
                 weigh,
                 (
-                    x_ring, y_ring, z_ring, a_ring, u_tiles, sums, gamma, cu_seqlens, scale,
+                    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, gamma, cu_seqlens,
                     first, last, N, T, begin, stop, REVERSE, GRADIENT, GATED,
                 ),
             ),
             (
                 produce,
                 (
-                    x_desc, y_desc, z_desc, b_desc, x_ring, y_ring, z_ring, b_ring, copied,
-                    cu_seqlens, i_b, i_h, i_z, first, last, N, T, begin, stop,
-                    REVERSE != GRADIENT,
+                    x_desc, y_desc, z_desc, b_desc, x_ring, y_ring, z_ring, b_ring, cu_seqlens,
+                    i_b, i_h, i_z, first, last, N, T, begin, stop, REVERSE != GRADIENT,
                 ),
             ),
         ],
-        [4, 8, 1],
-        [OUT_REGISTERS, WEIGH_REGISTERS, COPY_REGISTERS],
+        [8, 1],
+        [WEIGH_REGISTERS, COPY_REGISTERS],
     )  # fmt: skip
 
 
@@ -461,7 +419,7 @@ def run_walk(
             "GRADIENT": gradient,
             "TURNED": turned,
             "V_FIRST": v_first,
-            "STAGES": 2 if X == 256 else 3,  # what fits into shared memory
+            "STAGES": _COLUMNS // (2 * X + block * (1 if beside is None else 2)),
             "num_warps": 4,
         },
     )
