@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from unittest import mock
 
 import torch
@@ -60,12 +60,12 @@ def measure(
     """The error of each output and gradient of the public function, and how large it may be.
 
     In fp64 and fp32 that is a constant.  In 16 bits it follows the error of whole-chunk PyTorch
-    with every product's operands rounded to 16 bits and fp32 sums; both are taken over a few draws
-    as if these were one result.  The ratio of two such errors, each of n numbers, is a matter of
-    chance, of standard deviation 1/√n around what it would be of many: two of these it may be off.
+    with every product's operands rounded to 16 bits and fp32 sums; both are taken over a few draws.
+    The ratio of two such errors, each of n numbers, is a matter of chance, of standard deviation
+    1/√n around what it would be of many: it may be off by two of these.
     """
     half = dtype.itemsize == 2
-    draws: dict[str, list[tuple[float, float, float]]] = {}
+    draws: dict[str, list[tuple[float, float]]] = {}
     for seed in range(DRAWS if half else 1):
         arguments = spec.arguments(shape, variant, dtype, device, seed)
         expected = expected_results(spec, arguments)
@@ -79,9 +79,11 @@ def measure(
                 bound = SLACK * max(relative_error(simulated[name], value), least)
                 bound = min(bound, LARGEST_BOUND)
                 bound *= 1 + 2 / max(DRAWS * value.numel(), 1) ** 0.5
-            each = _size(value) ** 2, relative_error(found[name], value), bound
-            draws.setdefault(name, []).append(each)
-    return {name: (_pooled(each, 1), _pooled(each, 2)) for name, each in draws.items()}
+            draws.setdefault(name, []).append((relative_error(found[name], value), bound))
+    return {
+        name: (_pooled(error for error, _ in pairs), _pooled(bound for _, bound in pairs))
+        for name, pairs in draws.items()
+    }
 
 
 def _size(x: Tensor) -> float:
@@ -89,10 +91,8 @@ def _size(x: Tensor) -> float:
     return max(x.double().norm().item() / max(x.numel(), 1) ** 0.5, SMALLEST)
 
 
-def _pooled(draws: list[tuple[float, float, float]], i: int) -> float:
-    """What entry i is over all draws, of each of which the first is the power."""
-    powers = sum(each[0] for each in draws)
-    return (sum(each[0] * each[i] ** 2 for each in draws) / powers) ** 0.5
+def _pooled(errors: Iterable[float]) -> float:
+    return torch.tensor(list(errors), dtype=torch.float64).square().mean().sqrt().item()
 
 
 def _simulated(spec: OpSpec, arguments: Arguments, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ from fla.ops.simple_gla.hopper_blocks import (
 )
 
 # Registers a thread; what they leave is the state's
-WEIGH_REGISTERS = gl.constexpr(104)
+WEIGH_REGISTERS = gl.constexpr(208)
 COPY_REGISTERS = gl.constexpr(32)
 BZ = gl.constexpr(64)
 # Chunks that the pairs may be ahead of the output
@@ -109,8 +109,8 @@ def weigh(
     Where a sequence ends inside a chunk, y and z are cleared before anybody else looks at them.
     """
     BACK: gl.constexpr = REVERSE != GRADIENT
-    FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
-    PAIRS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    PAIRS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, PAIRS)
     COLUMN: gl.constexpr = gl.SliceLayout(0, PAIRS)
     o_i = gl.arange(0, C, ROW)[:, None]
@@ -386,7 +386,7 @@ def hopper_walk_kernel(
                 ),
             ),
         ],
-        [8, 1],
+        [4, 1],
         [WEIGH_REGISTERS, COPY_REGISTERS],
     )  # fmt: skip
 
