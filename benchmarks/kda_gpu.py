@@ -93,7 +93,7 @@ ROWS = (
     _chunked("T65536 H8", 1.2, 3.2, **_LONG),
     _chunked("T65536 H8, slow", None, None, gate="slow", **_LONG, **_SOFTPLUS),
     _chunked("T65536 H8, mixed", None, None, gate="mixed", **_LONG, **_SOFTPLUS),
-    _chunked("B2 T1024 H32", 0.14, 0.36, **_SMALL),
+    _chunked("B2 T1024 H32", 0.14, 0.36, peer=True, **_SMALL),
     _chunked("B2 T1024 H32, slow", None, None, gate="slow", **_SMALL, **_SOFTPLUS),
     _chunked("B2 T1024 H32, mixed", None, None, gate="mixed", **_SMALL, **_SOFTPLUS),
 )
