@@ -12,7 +12,7 @@ import inspect
 import itertools
 import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -91,14 +91,19 @@ def operands(
             )
         elif tensor.dtype != dtype and name in ("k", "v") and first == "q":
             raise TypeError(f"{name}: expected the dtype of q, {dtype}, got {tensor.dtype}")
-        letters, shape = notation.lstrip("?").split(), tensor.shape
+        letters, shape = _letters(notation), tensor.shape
         fits = len(letters) == len(shape)
         if not (fits and tuple(map(sizes.setdefault, letters, shape)) == shape):
             raise ValueError(f"{name}: expected {_shape(letters, sizes)}, got {list(shape)}")
     return sizes
 
 
-def _shape(letters: list[str], sizes: dict[str, int]) -> str:
+@functools.cache
+def _letters(notation: str) -> tuple[str, ...]:
+    return tuple(notation.lstrip("?").split())
+
+
+def _shape(letters: Sequence[str], sizes: dict[str, int]) -> str:
     """``[B, T]``, and where all sizes are known ``[B, T] = [2, 6]``."""
     shape = f"[{', '.join(letters)}]"
     if all(letter in sizes for letter in letters):

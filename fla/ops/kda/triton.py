@@ -402,9 +402,9 @@ class Call:
             },
         )  # fmt: skip
         if dA_log is not None:
-            dA_log = dA_log.sum((0, 2), dtype=torch.float64)
+            dA_log = dA_log.sum((0, 2))
         if ddt_bias is not None:
-            ddt_bias = ddt_bias.sum(0, dtype=torch.float64)[:, : self.K]
+            ddt_bias = ddt_bias.sum(0)[:, : self.K]
         parameters = self._like(self.A_log, dA_log), self._like(self.dt_bias, ddt_bias)
         return dq, dk, dv, dg, dbeta, *parameters
 
