@@ -56,6 +56,12 @@ def along(warps):
     return gl.BlockedLayout([1], [32], [warps], [0])
 
 
+@gluon.jit
+def tile_of(tiles, i):
+    """The i-th tile that passes through [stages, 1, rows, 1, columns], as [rows, columns]."""
+    return tiles.index(i % tiles.shape[0]).reshape([tiles.shape[2], tiles.shape[4]])
+
+
 @aggregate
 class Ring:
     """Stages of shared memory for one kind of tile; the i-th tile goes through stage i % stages."""
@@ -97,8 +103,7 @@ class Ring:
     @gluon.jit
     def tile(self, i):
         """Tile i as [rows, columns]."""
-        stages: gl.constexpr = self.tiles.shape[0]
-        return self.tiles.index(i % stages).reshape([self.tiles.shape[2], self.tiles.shape[4]])
+        return tile_of(self.tiles, i)
 
     @gluon.jit
     def release(self, i):

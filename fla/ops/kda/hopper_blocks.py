@@ -174,9 +174,3 @@ def new_memory(
         new_barriers(STAGES, READERS), new_barriers(STAGES, READERS),
         new_barriers(STAGES, READERS),
     )  # fmt: skip
-
-
-@gluon.jit
-def tile_of(tiles, n):
-    """The tile of step n as [rows, columns]."""
-    return tiles.index(n % tiles.shape[0]).reshape([tiles.shape[2], tiles.shape[4]])

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fla.ops.common.hopper import CONSUMER_REGISTERS, arrive, descriptor, wait_before
+from fla.ops.common.hopper import CONSUMER_REGISTERS, arrive, descriptor, tile_of, wait_before
 from fla.ops.common.kernels import multiprocessors
 from fla.ops.common.launch import launch
 from fla.ops.kda.hopper_blocks import (
@@ -32,7 +32,6 @@ from fla.ops.kda.hopper_blocks import (
     new_memory,
     segment_of,
     state_at,
-    tile_of,
     wide,
 )
 from fla.ops.kda.slots import rows_and_slots
