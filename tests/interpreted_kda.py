@@ -98,6 +98,19 @@ def test_kernels_agree_with_eager(case, chunk):
         agree(*operands(**CASES[case]), bound=FP32)
 
 
+@pytest.mark.parametrize("size", [2.0**-40, 2.0**40])
+def test_gradients_that_are_small_or_large(size):
+    """As of a mean over many tokens, under gates that are nearly open."""
+    from fla.ops.kda import triton as kernels
+
+    arguments, do, dstate = operands(35, 20, 16, gate="raw", lower_bound=-5.0)
+    arguments[3].mul_(0.3).add_(3.0)
+    found = kernels.backward(do * size, dstate * size, *arguments)
+    expected = eager.backward(do.double(), dstate.double(), *wide(arguments))
+    errors = [relative_error(x / size, y) for x, y in zip(found, expected, strict=True)]
+    assert max(errors) < FP32, errors
+
+
 def test_fp16():
     agree(*operands(35, 20, 24, torch.float16, gate="mixed"), bound=1e-3)
 

@@ -57,14 +57,20 @@ cases = (
     {"T": 130, "K": 64, "V": 64, "gate": "raw", "lower_bound": -40.0, "B": 2},
     {"T": 98, "K": 64, "V": 64, "lengths": (0, 33, 0, 64, 1, 0), "gate": "raw"},
     {"T": 70, "K": 64, "V": 64, "gate": "growing"},
+    # gates nearly open, of gradients that are small, as of a mean over many tokens, or large
+    {"T": 64, "K": 64, "V": 64, "gate": "raw", "lower_bound": -5.0, "open": 3.0, "size": 2.0**-40},
+    {"T": 64, "K": 64, "V": 64, "gate": "raw", "lower_bound": -5.0, "open": 3.0, "size": 2.0**40},
 )
 for case in cases:
+    size, opened = case.pop("size", 1.0), case.pop("open", None)
     arguments, do, dstate = operands(**case)
+    if opened is not None:
+        arguments[3].mul_(0.3).add_(opened)
     with mock.patch.object(portable, "chunk", lambda *sizes: 64):
-        found = portable.backward(do, dstate, *arguments, made_by=Call)
+        found = portable.backward(do * size, dstate * size, *arguments, made_by=Call)
     expected = eager.backward(do.double(), dstate.double(), *wide(arguments))
     errors = {
-        name: relative_error(x, y) for name, x, y in zip(NAMES, found, expected) if y.numel()
+        name: relative_error(x / size, y) for name, x, y in zip(NAMES, found, expected) if y.numel()
     }
     print(json.dumps([str(case), errors]), flush=True)
 """
@@ -78,7 +84,7 @@ def test_emulated():
     )
     assert result.returncode == 0, result.stderr
     calls = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(calls) == 6
+    assert len(calls) == 8
     for case, errors in calls:
         assert {"q", "k", "v", "g", "beta"} <= errors.keys() and max(errors.values()) < FP32, (
             case,

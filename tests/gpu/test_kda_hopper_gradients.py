@@ -109,6 +109,20 @@ def test_agrees_with_triton(K):
         assert relative_error(a, b) < 5e-3
 
 
+@pytest.mark.parametrize("size", [2.0**-40, 2.0**40])
+@pytest.mark.parametrize("which", ["hopper", "triton"])
+def test_gradients_that_are_small_or_large(which, size):
+    """As of a mean over many tokens, under gates that are nearly open."""
+    more = {"use_gate_in_kernel": True, "lower_bound": -5.0}
+    q, k, v, g, beta, do = operands(300)
+    arguments = q, k, v, torch.randn_like(g) * 0.3 + 3, beta
+    with use(which), verified("delta"):
+        expected = run(*arguments, do, **more)
+        found = run(*arguments, do * size, **more)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a.double() / size, b) < 1e-4
+
+
 def test_a_thousand_times_the_same_bits():
     """Where a barrier is missing, they move."""
     arguments = operands(1000, H=33)

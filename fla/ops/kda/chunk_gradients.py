@@ -18,6 +18,7 @@ from fla.ops.kda.halving import (
     level_mask,
     level_mask_transposed,
     load_rate,
+    middle,
     replaced,
     rounded,
     segment_mask,
@@ -277,10 +278,14 @@ def gradients_kernel(
         if tl.max(tl.max(tl.abs(b_prefix), 1), 0) <= ROOM:
             # what enters a product twice is rounded once: the gradients of the two exponents of a
             # pair cancel where both sum the same gate
-            b_inverse = decay_of(-b_prefix)
+            b_low, b_high = middle(b_prefix)
+            b_inverse = decay_of(-b_prefix) * b_low
             b_ki = rounded(b_k * b_inverse, dtype)
-            b_dq = times(b_ki, tl.where(m_before, b_dm, 0.0), b_dq, dtype, PRECISION)
-            b_dk = times(b_ki, tl.where(m_before, b_da, 0.0), b_dk, dtype, PRECISION)
+            b_dq = times(b_ki, tl.where(m_before, b_dm, 0.0), b_dq * b_low, dtype, PRECISION)
+            b_dk = times(b_ki, tl.where(m_before, b_da, 0.0), b_dk * b_low, dtype, PRECISION)
+            b_qd *= b_high
+            b_kd *= b_high
+            b_up *= b_high
             b_dki = times(b_qd, tl.where(m_after, b_dm, 0.0), b_zero, dtype, PRECISION)
             b_dki = times(b_kd, tl.where(m_after, b_da, 0.0), b_dki, dtype, PRECISION)
             b_dg += sums(b_qd * b_dq + b_kd * b_dk - b_ki * b_dki, m_after, dtype)

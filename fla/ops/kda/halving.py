@@ -177,6 +177,19 @@ def weight_of(exponent, FORGETS: tl.constexpr):
 
 
 @triton.jit
+def middle(exponents):
+    """2^m and 2^-m, to the bit, of a whole m in the middle of what exponents span along axis 1.
+
+    Anchored there, factors of a pair and gradients that pass through one of them stay within fp32,
+    however small or large the gradients are that come in.
+    """
+    m = ((tl.max(exponents, 1) + tl.min(exponents, 1)) * 0.5).to(tl.int32)
+    low = ((127 + m) << 23).to(tl.float32, bitcast=True)
+    high = ((127 - m) << 23).to(tl.float32, bitcast=True)
+    return low[:, None], high[:, None]
+
+
+@triton.jit
 def _add(a0, a1, a2, a3, b0, b1, b2, b3):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 

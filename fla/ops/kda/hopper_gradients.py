@@ -15,7 +15,7 @@ from fla.ops.common.hopper import along
 from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
 from fla.ops.kda.activations import LOG2E, decay_of, log_decay, sigmoid
-from fla.ops.kda.halving import load_rate, replaced, weight_of
+from fla.ops.kda.halving import load_rate, middle, replaced, weight_of
 from fla.ops.kda.slots import locate
 from fla.ops.kda.triton import Call
 
@@ -363,14 +363,19 @@ def hopper_gradients_kernel(
         if r_near[a] == TILE:
             # what enters a product twice is rounded once: the gradients of the two exponents of a
             # pair cancel where both sum the same gate
-            b_inverse = gl.exp2(-b_prefix)
+            b_low, b_high = middle(b_prefix)
+            b_inverse = gl.exp2(-b_prefix) * b_low
             b_ki, b_ki32 = narrow(b_k * b_inverse)
-            b_dq = times(b_ki, dms[1], b_dq)
-            b_dk = times(b_ki, das[1], b_dk)
-            b_dki = times(b_kd, das[0], times(b_qd, dms[0], zero))
+            b_dq = times(b_ki, dms[1], b_dq * b_low)
+            b_dk = times(b_ki, das[1], b_dk * b_low)
+            b_qd32 *= b_high
+            b_kd32 *= b_high
+            b_up *= b_high
+            b_dki = times(b_kd32, das[0], times(b_qd32, dms[0], zero))
             b_dexponent = b_qd32 * b_dq + b_kd32 * b_dk - b_ki32 * b_dki
             b_dq = b_up * b_dq
-            b_dk = b_up * b_dk + b_inverse * (b_dki + b_gain * channels_of(decays.index(a)))
+            b_gain *= channels_of(decays.index(a)) * b_high
+            b_dk = b_up * b_dk + b_inverse * (b_dki + b_gain)
         else:
             # read again rather than kept over the way that most blocks take
             _, b_g = gates_at(g_tiles.index(a), b_bias, rate, lower_bound, m_t, GATE)
