@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import subprocess
@@ -13,7 +12,6 @@ import kda_calls
 import pytest
 import torch
 from compiling import before_arrivals, compiling, dumped
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fla.ops.common import device
 from fla.ops.common.dispatch import Problem
@@ -92,21 +90,6 @@ def test_other_lengths_compile_nothing_new():
         for T in (64, 65, 500, 8192):
             call(T)
     assert len(compiled) == 2
-
-
-def test_launches_of_other_tiles_are_told_apart():
-    """By constants alone: of a descriptor ``launch`` knows the type."""
-    made: dict = {}
-
-    def launch(kernel, programs, tensors, numbers, constants):
-        tiles = [tuple(x.block_shape) for x in numbers if isinstance(x, TensorDescriptor)]
-        types = tuple(map(type, (*tensors, *numbers)))
-        assert made.setdefault((*types, *constants.values()), tiles) == tiles
-
-    with mock.patch.object(hopper_scan, "launch", launch):
-        for K, V, partitions in itertools.product((64, 128), (64, 128, 192), (1, 2)):
-            call(K=K, V=V, partitions=partitions)
-    assert len(made) == 16  # V of 128 alone may be two partitions
 
 
 def test_what_it_does_not_take_goes_to_triton():

@@ -77,8 +77,8 @@ def measure(
                 # What should be zero is rounding in both.
                 least = ZERO_BOUND if _size(value) <= SMALLEST else bound
                 bound = SLACK * max(relative_error(simulated[name], value), least)
-                bound = min(bound, LARGEST_BOUND)
                 bound *= 1 + 2 / max(DRAWS * value.numel(), 1) ** 0.5
+                bound = min(bound, LARGEST_BOUND)
             draws.setdefault(name, []).append((relative_error(found[name], value), bound))
     return {
         name: (_pooled(error for error, _ in pairs), _pooled(bound for _, bound in pairs))

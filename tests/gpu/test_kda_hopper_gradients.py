@@ -12,7 +12,7 @@ import kda_calls
 import pytest
 import sanitizer
 import torch
-from on_hopper import launched_from, marks, verified
+from on_hopper import check_what_lies_beside, launched_from, marks, moved, verified
 
 from fla.ops.common.dispatch import use
 from fla.ops.kda import chunk_kda, hopper_gradients, hopper_states
@@ -127,35 +127,19 @@ def test_a_thousand_times_the_same_bits():
     """Where a barrier is missing, they move."""
     arguments = operands(1000, H=33)
     bounds = torch.tensor([0, 0, 300, 301, 900], device="cuda")
-    moved = torch.zeros((), device="cuda", dtype=torch.int64)
     with on_hopper():
-        first = run(*arguments, cu_seqlens=bounds)
-        for _ in range(1000):
-            for a, b in zip(first, run(*arguments, cu_seqlens=bounds), strict=True):
-                moved += (a != b).sum()
-    assert not moved.item()
+        assert not moved(lambda: run(*arguments, cu_seqlens=bounds))
 
 
 def test_what_lies_beside_a_sequence_is_not_read():
-    """The last chunk of a sequence reaches into the next one, or behind all, here full of NaN."""
-    arguments = [x.clone() for x in operands(500)]
-    bounds = torch.tensor([0, 100, 230, 300], device="cuda")
     with on_hopper():
-        expected = run(*arguments, cu_seqlens=bounds)
-        for x in arguments:
-            x[:, 100:230] = torch.nan
-            x[:, 300:] = torch.nan
-        found = run(*arguments, cu_seqlens=bounds)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a[:, :100], b[:, :100]) and torch.equal(a[:, 230:300], b[:, 230:300])
-        assert not a[:, 300:].any()
+        check_what_lies_beside(run, operands(500))
 
 
 @sanitizer.needed
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitized(tool):
-    found = sanitizer.sanitized(tool, __file__)
-    assert ("ERROR SUMMARY: 0 errors" in found) or ("RACECHECK SUMMARY: 0 hazards" in found)
+    assert "SUMMARY: 0" in sanitizer.sanitized(tool, __file__)
 
 
 def main() -> None:

@@ -175,17 +175,25 @@ def dq_kernel(
 
 def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     """Return the gradients of q, k, v, g and the sink."""
-    if q.shape[-1] == v.shape[-1] == HEAD and pays(v, g, cu_seqlens, options.window_size):
+    window = options.window_size
+    if window is not None and window >= q.shape[1]:
+        window = None  # which hides nothing
+    if takes(q, v, g, window) and pays(v, g, cu_seqlens, window):
         signed, scale = portable.rising(q, options.scale)
         tensors = dense(do, signed, k, v, o)
         if all(x.data_ptr() % 16 == 0 for x in tensors):
             g, sink_bias, cu_seqlens = dense(g, sink_bias, cu_seqlens)
-            call = Call(q, v, cu_seqlens, scale, options.window_size)
+            call = Call(q, v, cu_seqlens, scale, window)
             marks = gates(call, g, tensors[2], cu_seqlens)
             dq, dk, dv, *more = run_backward(call, *tensors, lse, g, *marks, sink_bias, cu_seqlens)
             dq = dq if scale == options.scale else dq.neg_()
             return dq, dk, dv, *(absent(q) if x is None else x for x in more)
     return portable.backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options)
+
+
+def takes(q, v, g, window: int | None) -> bool:
+    """Whether the kernel can run a call: a window wants gates, without which it gains nothing."""
+    return q.shape[-1] == v.shape[-1] == HEAD and (window is None or g is not None)
 
 
 def pays(v, g, cu_seqlens, window: int | None) -> bool:
@@ -194,7 +202,7 @@ def pays(v, g, cu_seqlens, window: int | None) -> bool:
     if T < 4096 or cdiv(T, KEYS.value) * H * B < 512:  # too few blocks to share out
         return False
     if g is None:
-        return window is None and cu_seqlens is None
+        return cu_seqlens is None
     long = cu_seqlens is None or T >= 512 * (cu_seqlens.shape[0] - 1)
     return long and (window is None or window >= 1024)
 

@@ -132,12 +132,6 @@ def put(i_w: gl.constexpr, desc, p, tile, value, steps, H: gl.constexpr, PACKED:
         tma.store_wait(0)
 
 
-@gluon.jit
-def seen(b_s, o_i, o_j, window):
-    """Logits, without those of keys that a query does not see."""
-    return gl.where(sees(o_i, o_j, window), b_s, float("-inf"))
-
-
 @gluon.constexpr_function
 def shared_out(rows):
     """Where lanes that had columns of 2 · ``rows`` rows in common have half of them, of two rows.
@@ -218,14 +212,9 @@ def meet(
             o_j = steps.j * KEYS + i_w * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, PAIRS))
             if NEAR:
                 o_i += steps.queries(steps.near() + i) * ROWS
-                b_s = seen(b_s, o_i, o_j[:, None], window)
-            elif gate_tiles is None:
-                if m < steps.cut(window):
-                    o_i += steps.queries(m) * ROWS
-                    b_s = seen(b_s, o_i, o_j[:, None], window)
             else:  # which step this is, only its rows say
                 o_i += rows.slice(2 * ROWS + 1, 1, 1).load(PAIRS).to(gl.int32, bitcast=True)
-                b_s = seen(b_s, o_i, o_j[:, None], window)
+            b_s = gl.where(sees(o_i, o_j[:, None], window), b_s, float("-inf"))
         b_p = power(b_s)
         b_dp = warpgroup_mma_wait(0, deps=(b_dp,))
         b_dst = b_p * (b_dp - rows.slice(ROWS, ROWS, 1).load(PAIRS))
@@ -346,7 +335,7 @@ def hopper_backward_kernel(
     ready = new_barriers(1 + PACKED, 1)
     fence_async_shared()
     tile = gl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
-    steps = new_steps(tile, latest, cu_seqlens, window, N, T, intervals, H, G)
+    steps = new_steps(tile, latest, cu_seqlens, N, T, intervals, H, G)
     # What partitions are given goes where warps have just read the ticket, or the latest query;
     # for these accesses the compiler places no barrier.
     gl.thread_barrier()
@@ -372,16 +361,16 @@ def hopper_backward_kernel(
                 produce,
                 (
                     q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, k_tiles, v_tiles,
-                    ready, q_ring, do_ring, row_tiles, gate_tiles, needed, window, steps, PACKED,
+                    ready, q_ring, do_ring, row_tiles, gate_tiles, needed, steps, PACKED,
                 ),
             ),
-            (await_turns, (come, told, turns, needed, window, steps)),
-            (pass_turns, (added, told, turns, needed, window, steps)),
+            (await_turns, (come, told, turns, needed, steps)),
+            (pass_turns, (added, told, turns, needed, steps)),
             (
                 add,
                 (
                     come, added, parts, offered, taken, row_parts, column_parts, row_sums,
-                    column_sums, sums, needed, window, steps,
+                    column_sums, sums, needed, steps,
                 ),
             ),
         ],

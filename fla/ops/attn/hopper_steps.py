@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
-from fla.ops.attn.blocks import SEARCH, SPAN, first_interval_seen, first_slot, place_of, sequence_at
+from fla.ops.attn.blocks import SEARCH, SPAN, first_slot, place_of, sequence_at
 from fla.ops.common.hopper import along, arrive, wait_before, wait_for
 from fla.ops.common.kernels import sequence
 
@@ -66,12 +66,6 @@ class Steps:
         return (self.last + 1 - self.j * (KEYS // ROWS)) * self.G
 
     @gluon.jit
-    def cut(self, window):
-        """Those far steps, the first ones, whose queries do not see all of the keys."""
-        whole = gl.maximum((self.j * KEYS + window) // ROWS, self.top + 1)
-        return gl.maximum(self.last + 1 - whole, 0) * self.G
-
-    @gluon.jit
     def near(self):
         """The first of those in the keys' interval."""
         return (self.last - self.top) * self.G
@@ -97,13 +91,10 @@ class Steps:
         return self.interval(n) * (KEYS // ROWS) + self.queries(n)
 
     @gluon.jit
-    def next(self, n, needed, window):
+    def next(self, n, needed):
         """The first step from n on whose queries need the keys, and the first keys that they do."""
         first = self.j * 0
-        if needed is None:
-            if window is not None:
-                first = first_interval_seen(self.queries(n) * ROWS, window)
-        else:
+        if needed is not None:
             first = gl.load(needed + self.block(n), mask=n < self.count(), other=0)
             while first > self.j:
                 n += 1
@@ -112,7 +103,7 @@ class Steps:
 
 
 @gluon.jit
-def new_steps(tile, latest, cu_seqlens, window, N, T, intervals, H: gl.constexpr, G: gl.constexpr):
+def new_steps(tile, latest, cu_seqlens, N, T, intervals, H: gl.constexpr, G: gl.constexpr):
     """What a program does, which takes a ``tile``: of a sequence, the first keys come first.
 
     ``latest`` [2, H, intervals] says which block of queries is the last that needs no keys before
@@ -132,8 +123,6 @@ def new_steps(tile, latest, cu_seqlens, window, N, T, intervals, H: gl.constexpr
     last = gl.cdiv(live, ROWS) - 1
     top = gl.minimum((j + 1) * (KEYS // ROWS) - 1, last)
     if latest is None:
-        if window is not None:
-            last = gl.minimum(last, (j * KEYS + KEYS - 2 + window) // ROWS)
         far = (last - top) * G
     else:
         last = top
@@ -170,7 +159,7 @@ def clear(tile, live):
 @gluon.jit
 def produce(
     q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, k_tiles, v_tiles, ready,
-    q_ring, do_ring, row_tiles, gate_tiles, needed, window, steps, PACKED: gl.constexpr,
+    q_ring, do_ring, row_tiles, gate_tiles, needed, steps, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Copy the program's keys and values; then of each step q with its rows and gates, and do.
 
@@ -199,13 +188,13 @@ def produce(
                 mbarrier.arrive(ready.index(0), count=1)
     m = steps.j * 0
     cleared = steps.j * 0
-    n, _ = steps.next(m, needed, window)
+    n, _ = steps.next(m, needed)
     while n < steps.count():
         place = [steps.row, steps.bos + steps.queries(n) * ROWS, steps.head(n), 0]
         left = steps.live - steps.queries(n) * ROWS
         i_r = steps.block(n)
         i_g = steps.interval(n) + steps.j
-        later, _ = steps.next(n + 1, needed, window)
+        later, _ = steps.next(n + 1, needed)
         stage = m % STAGES
         at = stage
         if PACKED:
@@ -244,26 +233,26 @@ def produce(
 
 
 @gluon.jit
-def await_turns(come, told, turns, needed, window, steps):
+def await_turns(come, told, turns, needed, steps):
     """Say of each step when all programs before this one have added to its dq."""
     m = steps.j * 0
-    n, _ = steps.next(m, needed, window)
+    n, _ = steps.next(m, needed)
     while n < steps.count():
         while gl.atomic_add(turns + steps.block(n), 0, sem="acquire", scope="gpu") < steps.j:
             pass
-        n, _ = steps.next(n + 1, needed, window)
+        n, _ = steps.next(n + 1, needed)
         wait_before(told, m)
         arrive(come, m)
         m += 1
 
 
 @gluon.jit
-def pass_turns(added, told, turns, needed, window, steps):
+def pass_turns(added, told, turns, needed, steps):
     """Tell the next program of each step that has been added."""
     m = steps.j * 0
-    n, _ = steps.next(m, needed, window)
+    n, _ = steps.next(m, needed)
     while n < steps.count():
-        later, _ = steps.next(n + 1, needed, window)
+        later, _ = steps.next(n + 1, needed)
         wait_for(added, m)
         gl.atomic_xchg(turns + steps.block(n), steps.j + 1, sem="release", scope="gpu")
         arrive(told, m)
@@ -274,21 +263,21 @@ def pass_turns(added, told, turns, needed, window, steps):
 @gluon.jit
 def add(
     come, added, parts, offered, taken, row_parts, column_parts, row_sums, column_sums, sums,
-    needed, window, steps,
+    needed, steps,
 ):  # fmt: skip
     """Add to the sums what both consumers offer of a step, when its turn has come."""
     SIZE: gl.constexpr = parts.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     o_x = gl.arange(0, LINE, LAYOUT)
     m = steps.j * 0
-    n, first = steps.next(m, needed, window)
+    n, first = steps.next(m, needed)
     while n < steps.count():
         block = steps.block(n)
         p = sums + block.to(gl.int64) * (2 * SIZE)
         p_row = block.to(gl.int64) * ROWS
         p_column = (steps.interval(n) + steps.j).to(gl.int64) * KEYS
         opens = first == steps.j
-        n, first = steps.next(n + 1, needed, window)
+        n, first = steps.next(n + 1, needed)
         wait_for(come, m)
         for i_w in gl.static_range(2):
             wait_for(offered, 2 * m + i_w)

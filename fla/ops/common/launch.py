@@ -25,13 +25,12 @@ def launch(
 ) -> None:
     """Launch ``programs`` programs of ``kernel`` where the first tensor is.
 
-    Its parameters stand in the order given here; tensors in tiles are among the numbers.
+    Its parameters stand in the order given here; descriptors of tiles are among the numbers.
 
     Triton looks at every argument of a launch for all that a kernel may be compiled for, which
     takes the host longer than to launch what it finds.  Here little tells calls apart: integers are
     below 2^31 and named in ``do_not_specialize``, and tensors, or None, begin at multiples of 16
-    bytes; where one does not, Triton looks.  Descriptors stand among the numbers, and what their
-    tiles are follows from the constants.
+    bytes; where one does not, Triton looks.
     """
     device = tensors[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():

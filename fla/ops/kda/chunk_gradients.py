@@ -46,13 +46,13 @@ def through_states_kernel(
     i_block = tl.program_id(0) % BLOCKS
     i_hv = tl.program_id(0) // BLOCKS % HV
     i_slot = tl.program_id(0) // BLOCKS // HV
-    _, i_c, start, _, length = locate(cu_seqlens, i_slot, rows, T, C)
-    if i_c * C >= length:
+    _, i_c, start, _, live = locate(cu_seqlens, i_slot, rows, T, C)
+    if i_c * C >= live:
         return
     dtype: tl.constexpr = dq_in.dtype.element_ty
     o_c = tl.arange(0, C)
     o_k = i_block * BLOCK + tl.arange(0, BLOCK)
-    m_t = i_c * C + o_c < length
+    m_t = i_c * C + o_c < live
     token = start + i_c * C + o_c
     place = i_slot.to(tl.int64) * HV + i_hv
     b_dq = tl.zeros([C, BLOCK], tl.float32)

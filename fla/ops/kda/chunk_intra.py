@@ -84,8 +84,8 @@ def intra_kernel(
     BLOCKS: tl.constexpr = C // TILE
     i_slot = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV
-    _, i_c, start, _, length = locate(cu_seqlens, i_slot, rows, T, C)
-    if i_c * C >= length:
+    _, i_c, start, _, live = locate(cu_seqlens, i_slot, rows, T, C)
+    if i_c * C >= live:
         return
     dtype: tl.constexpr = k_in.dtype.element_ty
     i_h = i_hv // (HV // H)
@@ -104,7 +104,7 @@ def intra_kernel(
     p_k_out = k_out + place * (C * BK) + o_out
     factors += place * (2 * C)
     m_k = (o_k < K)[None, :]
-    left = length - i_c * C
+    left = live - i_c * C
     left_b = (left - o_b * TILE)[:, None]
     o_c = tl.arange(0, C)
     b_beta = tl.load(beta + (token + o_c) * HV + i_hv, o_c < left, 0).to(tl.float32)
@@ -188,8 +188,8 @@ def halving_kernel(
     BLOCKS: tl.constexpr = C // TILE
     i_slot = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV
-    _, i_c, start, _, length = locate(cu_seqlens, i_slot, rows, T, C)
-    if i_c * C >= length:
+    _, i_c, start, _, live = locate(cu_seqlens, i_slot, rows, T, C)
+    if i_c * C >= live:
         return
     place = i_slot.to(tl.int64) * HV + i_hv
     b_near = tl.load(near + place * BLOCKS + tl.arange(0, BLOCKS))
@@ -202,7 +202,7 @@ def halving_kernel(
     token = start + i_c * C
     b_near = b_near[:, None] + tl.zeros([BLOCKS, TILE], tl.int32)
     m_far = (o_c % TILE >= b_near.reshape([C]))[:, None]
-    m = (o_k < K)[:, None] & (i_c * C + o_c < length)[None, :]
+    m = (o_k < K)[:, None] & (i_c * C + o_c < live)[None, :]
     o_x = (token + o_c)[None, :] * (H * K) + i_h * K + o_k[:, None]
     o_g = (token + o_c)[None, :] * (HV * K) + i_hv * K + o_k[:, None]
     factors += place * (2 * C)

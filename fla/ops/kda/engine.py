@@ -61,7 +61,7 @@ def _lacks_hopper(at: Problem) -> str | None:
 
 ENGINE = Engine(
     "delta",
-    # operands of chunks and the scans of long calls; the rest it hands on
+    # operands and gradients of chunks, and the scans of long calls; the rest it hands on
     Implementation("hopper", "fla.ops.kda.hopper", _lacks_hopper),
     Implementation("triton", "fla.ops.kda.triton", _lacks_triton),
     Implementation("eager", "fla.ops.kda.eager"),

@@ -79,4 +79,3 @@ class Call(portable.Call):
 forward = functools.partial(portable.forward, made_by=Call)
 backward = functools.partial(portable.backward, made_by=Call)
 kept = portable.kept
-serve = portable.serve

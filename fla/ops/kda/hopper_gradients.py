@@ -17,14 +17,14 @@ from fla.ops.common.launch import launch
 from fla.ops.kda.activations import LOG2E, decay_of, log_decay, sigmoid
 from fla.ops.kda.halving import load_rate, middle, replaced, weight_of
 from fla.ops.kda.slots import locate
-from fla.ops.kda.triton import Call
+from fla.ops.kda.triton import GRADIENTS, Call
 
 TILE = gl.constexpr(16)
 # Tokens of a chunk
 C = gl.constexpr(64)
 TILES = gl.constexpr(4)
 # Channels of a program
-CHANNELS = gl.constexpr(64)
+CHANNELS = gl.constexpr(GRADIENTS.block)
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
 _LEFT = gl.constexpr(gl.DotOperandLayout(0, _ACC, 2))
 _RIGHT = gl.constexpr(gl.DotOperandLayout(1, _ACC, 2))

@@ -98,8 +98,8 @@ def hopper_halving_kernel(
     i_slot = gl.program_id(0) // HV
     i_hv = gl.program_id(0) % HV
     o_s = gl.arange(0, SEARCH, along(gl.num_warps()))
-    _, i_c, start, _, length = locate(cu_seqlens, i_slot, rows, T, C, o_s)
-    if i_c * C >= length:
+    _, i_c, start, _, live = locate(cu_seqlens, i_slot, rows, T, C, o_s)
+    if i_c * C >= live:
         return
     place = i_slot.to(gl.int64) * HV + i_hv
     b_near = gl.load(near + place * BLOCKS + gl.arange(0, BLOCKS, _BLOCK))
@@ -107,7 +107,7 @@ def hopper_halving_kernel(
         return
     i_h = i_hv // (HV // H)
     token = start + i_c * C
-    left = length - i_c * C
+    left = live - i_c * C
     g_tiles = copied(g + (token * HV + i_hv) * K, HV * K, left, K)
     k_tiles = copied(k + (token * H + i_h) * K, H * K, left, K)
     q_tiles = copied(q + (token * H + i_h) * K, H * K, left, K)

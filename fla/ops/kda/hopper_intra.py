@@ -228,14 +228,14 @@ def hopper_intra_kernel(
     i_slot = gl.program_id(0) // HV
     i_hv = gl.program_id(0) % HV
     o_s = gl.arange(0, SEARCH, along(WARPS))
-    _, i_c, start, _, length = locate(cu_seqlens, i_slot, rows, T, C, o_s)
-    if i_c * C >= length:
+    _, i_c, start, _, live = locate(cu_seqlens, i_slot, rows, T, C, o_s)
+    if i_c * C >= live:
         return
     dtype: gl.constexpr = k_in.dtype.element_ty
     i_h = i_hv // (HV // H)
     token = start + i_c * C
     place = i_slot.to(gl.int64) * HV + i_hv
-    left = length - i_c * C
+    left = live - i_c * C
     # rows [4, K] of tokens t of all blocks
     ROW: gl.constexpr = gl.SliceLayout(1, TOKENS)
     o_b = gl.arange(0, BLOCKS, gl.SliceLayout(1, ROW))[:, None]

@@ -58,8 +58,8 @@ def solve_kernel(
     BLOCKS: tl.constexpr = C // TILE
     i_slot = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV
-    _, i_c, _, _, length = locate(cu_seqlens, i_slot, rows, T, C)
-    if i_c * C >= length:
+    _, i_c, _, _, live = locate(cu_seqlens, i_slot, rows, T, C)
+    if i_c * C >= live:
         return
     dtype: tl.constexpr = keys.dtype.element_ty
     o_t = tl.arange(0, TILE)

@@ -1,7 +1,7 @@
 """The walk over time on Hopper, warp-specialised: what does not wait for the state runs ahead.
 
-One warp copies tiles.  Eight warps weigh the pairs inside a chunk and what is added to the state;
-four carry the state, multiply it and put out.
+One warp copies tiles.  Four weigh the pairs inside a chunk and what is added to the state; four
+carry the state, multiply it and put out.
 """
 
 from __future__ import annotations
