@@ -153,35 +153,59 @@ def _run(engine: str, suite: Suite, options: argparse.Namespace) -> bool:
 def _found(
     engine: str, suite: Suite, libraries: list[str], options: argparse.Namespace
 ) -> dict[str, dict[str, Found]]:
-    """One library after the other; beside the peer's many compilations what else takes long."""
+    """One library after the other, the peer on another GPU meanwhile where there is one.
+
+    Its search for launches takes minutes and would show in what is measured on the same GPU.
+    """
+    here, there = _gpus()
     with ThreadPoolExecutor() as beside, tempfile.TemporaryDirectory() as cache:
-        compiled = [
-            beside.submit(_apart, engine, name, options, "--compile")
-            for name in ("ours", PEER)
+        compiled = {
+            name: beside.submit(_apart, engine, name, options, "--compile", gpu=gpu)
+            for name, gpu in (("ours", here), (PEER, there))
             if name in libraries
-        ]
-        for each in compiled:
-            each.result()
-        found = {name: _apart(engine, name, options) for name in libraries if name != PEER}
+        }
+
+        def measured_peer() -> dict[str, Found]:
+            compiled[PEER].result()
+            return _apart(engine, PEER, options, gpu=there)
+
+        peer = None
+        if PEER in libraries and there != here:
+            peer = beside.submit(measured_peer)
+        elif PEER in libraries:
+            compiled[PEER].result()
+        compiled["ours"].result()
+        found = {
+            name: _apart(engine, name, options, gpu=here) for name in libraries if name != PEER
+        }
         first = None
         if suite.first_call:
-            first = beside.submit(_apart, engine, "ours", options, "--first-call", cache=cache)
+            first = beside.submit(
+                _apart, engine, "ours", options, "--first-call", gpu=here, cache=cache
+            )
         if PEER in libraries:
-            found[PEER] = _apart(engine, PEER, options)
+            found[PEER] = peer.result() if peer else measured_peer()
         if first:
             found["ours"] |= first.result()
     return found
 
 
+def _gpus() -> tuple[str, str]:
+    """The GPU to measure on, and the peer's, by the names that CUDA_VISIBLE_DEVICES has."""
+    count = max(torch.cuda.device_count(), 1)
+    names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
+    return names[0], names[-1]
+
+
 def _apart(
-    engine: str, library: str, options: Any, *more: str, cache: str = ""
+    engine: str, library: str, options: Any, *more: str, gpu: str, cache: str = ""
 ) -> dict[str, Found]:
-    """What ``work`` says in a process that finds ``fla`` in the library's directory."""
+    """What ``work`` says in a process that finds ``fla`` in the library's directory, on one GPU."""
     command = [sys.executable, "-m", "benchmarks", "gpu", "--only", engine, "--library", library]
     result = subprocess.run(
         ["timeout", str(PATIENCE), *command, "--rows", options.rows, *more],
         cwd=options.peer if library == PEER else ROOT,  # comes first among the paths
-        env={**os.environ, "PYTHONPATH": str(ROOT)}
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": gpu}
         | ({"TRITON_CACHE_DIR": cache} if cache else {}),
         stdout=subprocess.PIPE,
         text=True,

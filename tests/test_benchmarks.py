@@ -1,5 +1,6 @@
 """The benchmark measures what it says; how fast anything is, is not tested here."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -202,6 +203,27 @@ def test_kernels_are_compiled_side_by_side(tmp_path):
 def test_wrong_results_are_not_timed():
     with pytest.raises(ArithmeticError, match="dq"):
         suite.errors({"dq": torch.tensor([1.1])}, {"dq": torch.tensor([1.0])})
+
+
+@pytest.mark.parametrize("seen, where", [("1,3", "13"), ("2", "22")])
+def test_the_peer_has_a_gpu_of_its_own_where_there_are_two(seen, where, monkeypatch):
+    called = []
+
+    def apart(engine, library, options, *more, gpu, cache=""):
+        called.append((library, *more, gpu))
+        return {}
+
+    monkeypatch.setattr(gpu, "_apart", apart)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    options = argparse.Namespace(peer="somewhere", rows="")
+    found = gpu._found("attn", softmax_gpu.SUITE, ["ours", "triton", gpu.PEER], options)
+    assert found == {"ours": {}, "triton": {}, gpu.PEER: {}}
+    here, there = where
+    ours = [("ours", "--compile", here), ("ours", here), ("triton", here)]
+    peers = [(gpu.PEER, "--compile", there), (gpu.PEER, there)]
+    assert sorted(called) == sorted([*ours, *peers, ("ours", "--first-call", here)])
+    if here == there:  # nothing is measured beside the peer's search
+        assert called.index(peers[0]) < called.index(ours[1]) < called.index(peers[1])
 
 
 def test_gpu_results_hold_what_is_printed(monkeypatch, tmp_path, capsys):
