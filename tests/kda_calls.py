@@ -25,7 +25,7 @@ _FEW, _FEW_PACKED = (3,), (0, 3, 1, 0)
 _HOPPER_VARIANTS = ("state", "raw, lower bound, state", "v first", "plain", "growth")
 # A few tokens alone eager takes one by one, rounding nothing, which bounds no chunk; and the errors
 # of one token are few numbers times its values
-_HOPPER_LENGTHS = ((0, *[1] * 16), (63,), (64,), (65,), (500,), _PACKED, (0, 0, 64, 128, 64))
+_HOPPER_LENGTHS = ((0, *[1] * 6), (63,), (64,), (65,), (500,), _PACKED, (0, 0, 64, 128, 64))
 _HOPPER_SIZES = ((128, 128), (64, 64), (64, 128), (128, 64), (128, 256))
 
 
