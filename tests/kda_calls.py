@@ -7,6 +7,7 @@ numbers a few small ones.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator
@@ -57,6 +58,26 @@ class Launch(NamedTuple):
         if self.segments:
             few = {"FILLS_CHIP": 1 << 20, "SHORTEST_SEGMENT": 1, "FEWEST_SEGMENTS": 2}
         return mock.patch.multiple(kernels, **few)
+
+
+def _constant(decay):
+    return lambda shape, draw: {
+        "g": decay * (1 + 0.1 * draw(shape.B, shape.T, shape.H * shape.group, shape.K).tanh())
+    }
+
+
+def _mixed(shape, draw):
+    """All of them side by side, each channel of each token its own."""
+    which = draw(shape.B, shape.T, shape.H * shape.group, shape.K)
+    edges = torch.tensor([-1.5, -1.0, -0.5, 0.5], dtype=which.dtype)
+    decays = torch.tensor([-1e4, -80.0, -5.0, -0.05, -1e-6], dtype=which.dtype)
+    return {"g": decays[torch.bucketize(which, edges)]}
+
+
+def gated(*decays: float) -> OpSpec:
+    """``chunk_kda`` with gates around these, or of all sizes mixed, as its variants."""
+    variants = {f"{decay:g}": _constant(decay) for decay in decays}
+    return dataclasses.replace(spec_named("chunk_kda"), variants=variants | {"mixed": _mixed})
 
 
 def chunked() -> Iterator[Launch]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 import torch
+from alone import run_alone
 from compiling import compiling, dumped
 
 from fla.ops.attn import hopper_forward
@@ -114,19 +112,9 @@ for g in (None, -torch.rand(1, 500, 1)):
 """
 
 
-def run_alone(program: str) -> str:
-    """In a process where Triton interprets its kernels."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    command = [sys.executable, "-c", program]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_emulated():
     """Over a stand-in for Gluon, on operands in fp32, every variant against fp64."""
-    calls = [json.loads(line) for line in run_alone(EMULATED).splitlines()]
+    calls = [json.loads(line) for line in run_alone("-c", EMULATED).splitlines()]
     assert len(calls) == 40
     for *call, launches, found in calls:
         assert launches and all(error <= bound for error, bound in found.values()), (call, found)
@@ -171,7 +159,7 @@ for g in (fading, back_again, lasting):
 
 def test_what_is_not_needed_does_not_show():
     """Also where a gate grows again."""
-    run_alone(NEEDED)
+    run_alone("-c", NEEDED)
 
 
 def test_what_it_does_not_take_goes_to_triton():

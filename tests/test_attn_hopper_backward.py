@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 import torch
+from alone import run_alone
 from compiling import compiling, dumped
 
 from fla.ops.attn import hopper_backward
@@ -177,12 +175,8 @@ def test_compiles(dtype, gate, sink, window, lengths, tmp_path):
 
 def test_emulated():
     """Partitions meet as they should, what they compute is right, and what is not needed left."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    command = [sys.executable, "-c", EMULATED]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    found = [json.loads(line) for line in result.stdout.splitlines()]
+    printed = run_alone("-c", EMULATED)
+    found = [json.loads(line) for line in printed.splitlines()]
     assert len(found) == 27
     for case, errors, behind, share in found:
         assert errors and all(error < 1e-5 for error in errors), (case, errors)

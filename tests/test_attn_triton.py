@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 import torch
+from alone import run_alone
 from compiling import compiling
 from softmax_calls import HEADS, LIMITS
 
@@ -61,12 +59,8 @@ with mock.patch.object(engine, "lacks_triton", lambda device, dtype: None):
 
 def test_interpreted():
     """Every variant against the textbook, in a process where Triton interprets its kernels."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    calls = [json.loads(line) for line in result.stdout.splitlines()]
+    printed = run_alone("-c", INTERPRETED)
+    calls = [json.loads(line) for line in printed.splitlines()]
     assert len(calls) > 10
     for *call, found in calls:
         assert found and all(error <= bound for error, bound in found.values()), (call, found)

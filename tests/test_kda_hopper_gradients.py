@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 import torch
+from alone import run_alone
 from compiling import compiling, usage_of
 from interpreted_kda import operands
 
@@ -77,13 +75,8 @@ for case in cases:
 
 
 def test_emulated():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    result = subprocess.run(
-        [sys.executable, "-c", EMULATED], capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    calls = [json.loads(line) for line in result.stdout.splitlines()]
+    printed = run_alone("-c", EMULATED)
+    calls = [json.loads(line) for line in printed.splitlines()]
     assert len(calls) == 8
     for case, errors in calls:
         assert {"q", "k", "v", "g", "beta"} <= errors.keys() and max(errors.values()) < FP32, (

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from unittest import mock
 
 import kda_operands
 import pytest
 import torch
+from alone import run_alone
 from compiling import compiling, dumped, usage_of
 
 from fla.ops.kda import hopper, hopper_halving, hopper_intra
@@ -79,13 +77,8 @@ for at in (1, 17, 40):
 
 def test_emulated():
     """In a process with a stand-in for Gluon."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    result = subprocess.run(
-        [sys.executable, "-c", EMULATED], capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
+    printed = run_alone("-c", EMULATED)
+    found = [json.loads(line) for line in printed.splitlines() if line.startswith("[")]
     assert len(found) == 6
     for shape, errors in found:
         wrong = {name: x for name, x in errors.items() if not x <= kda_operands.BOUNDS[name]}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 import torch
+from alone import run_alone
 from compiling import before_arrivals, compiling, dumped
 
 from fla.ops.common import device
@@ -75,13 +73,8 @@ with mock.patch.object(stages, "SMALLEST", 1):
 
 def test_emulated():
     """On fp32 operands, in a process with a stand-in for Gluon; gates' sums have 16-bit digits."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    result = subprocess.run(
-        [sys.executable, "-c", EMULATED], capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    calls = [json.loads(line) for line in result.stdout.splitlines()]
+    printed = run_alone("-c", EMULATED)
+    calls = [json.loads(line) for line in printed.splitlines()]
     assert len(calls) > 12
     for case, launches, found in calls:
         assert launches and found, case

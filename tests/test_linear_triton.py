@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 import torch
+from alone import run_alone
 from compiling import compiling
 from linear_calls import CASES
 
@@ -86,12 +84,8 @@ with (
 
 def interpreted(program):
     """What it prints, in a process where Triton interprets its kernels."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    calls = [json.loads(line) for line in result.stdout.splitlines()]
+    printed = run_alone("-c", program)
+    calls = [json.loads(line) for line in printed.splitlines()]
     for *where, found in calls:
         assert found and all(error <= bound for error, bound in found.values()), (where, found)
     return calls

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from unittest import mock
 
@@ -55,22 +54,7 @@ def test_no_kernel_races():
     assert "RACECHECK SUMMARY: 0 hazards" in found
 
 
-def constant(decay):
-    return lambda shape, draw: {
-        "g": decay * (1 + 0.1 * draw(shape.B, shape.T, shape.H * shape.group, shape.K).tanh())
-    }
-
-
-def mixed(shape, draw):
-    """All of them side by side, each channel of each token its own."""
-    which = draw(shape.B, shape.T, shape.H * shape.group, shape.K)
-    edges = torch.tensor([-1.5, -1.0, -0.5, 0.5], dtype=which.dtype)
-    decays = torch.tensor([-1e4, -80.0, -5.0, -0.05, -1e-6], dtype=which.dtype)
-    return {"g": decays[torch.bucketize(which, edges)]}
-
-
-DECAYS = {f"{decay:g}": constant(decay) for decay in (-1e-6, -0.05, -5.0, -80.0, -1e4)}
-GATES = dataclasses.replace(SPECS["chunk_kda"], variants=DECAYS | {"mixed": mixed})
+GATES = kda_calls.gated(-1e-6, -0.05, -5.0, -80.0, -1e4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

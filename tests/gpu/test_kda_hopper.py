@@ -13,7 +13,7 @@ import kda_calls
 import pytest
 import sanitizer
 import torch
-from on_hopper import check_what_lies_beside, compiled, marks, moved, verified
+from on_hopper import check_what_lies_beside, compiled, launched_from, marks, moved, verified
 
 from fla.ops import chunk_kda
 from fla.ops.common.dispatch import use
@@ -26,16 +26,10 @@ pytestmark = marks
 @contextlib.contextmanager
 def on_hopper():
     """Inside, the kernel takes short calls too, whether verified or not; yields its launches."""
-    launch, launched = hopper_scan.launch, []
-
-    def counted(kernel, programs, *arguments):  # a mock would keep all tensors
-        launched.append(programs)
-        return launch(kernel, programs, *arguments)
-
     with (
         verified("delta"),
         mock.patch.object(hopper, "SMALLEST", 1),
-        mock.patch.object(hopper_scan, "launch", counted),
+        launched_from(hopper_scan) as launched,
     ):
         yield launched
 

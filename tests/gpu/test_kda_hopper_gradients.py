@@ -6,17 +6,17 @@ Run as a program it makes a few small calls, for compute-sanitizer.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 
 import kda_calls
 import pytest
 import sanitizer
 import torch
 from on_hopper import check_what_lies_beside, launched_from, marks, moved, verified
+from shapes import spec_named
 
 from fla.ops.common.dispatch import use
 from fla.ops.kda import chunk_kda, hopper_gradients, hopper_states
-from fla.testing import Shape, all_specs
+from fla.testing import Shape
 from fla.testing.compare import measure, relative_error
 
 pytestmark = marks
@@ -53,23 +53,8 @@ def test_against_fp64(launch):
         check(launch.spec, launch.shape, launch.variant)
 
 
-def constant(decay):
-    return lambda shape, draw: {
-        "g": decay * (1 + 0.1 * draw(shape.B, shape.T, shape.H * shape.group, shape.K).tanh())
-    }
-
-
-def mixed(shape, draw):
-    """All of them side by side, each channel of each token its own."""
-    which = draw(shape.B, shape.T, shape.H * shape.group, shape.K)
-    edges = torch.tensor([-1.5, -1.0, -0.5, 0.5], dtype=which.dtype)
-    decays = torch.tensor([-1e4, -80.0, -5.0, -0.05, -1e-6], dtype=which.dtype)
-    return {"g": decays[torch.bucketize(which, edges)]}
-
-
-DECAYS = {f"{decay:g}": constant(decay) for decay in (-1e-6, -0.05, -5.0, -80.0, -1e4, 0.05)}
-(CHUNKED,) = (spec for spec in all_specs() if spec.name == "chunk_kda")
-GATES = dataclasses.replace(CHUNKED, variants=DECAYS | {"mixed": mixed})
+CHUNKED = spec_named("chunk_kda")
+GATES = kda_calls.gated(-1e-6, -0.05, -5.0, -80.0, -1e4, 0.05)
 
 
 @pytest.mark.parametrize("gate", GATES.variants)

@@ -84,6 +84,11 @@ def _shared_memory(device: torch.device) -> int:
     return properties.shared_memory_per_block_optin >> 10
 
 
+def hiding(window: int | None, T: int) -> int | None:
+    """A window, or None where it hides none of T tokens."""
+    return None if window is None or window >= T else window
+
+
 class Call:
     """What one call's kernels are launched with, beside its tensors."""
 
@@ -93,7 +98,7 @@ class Call:
         self.packed = cu_seqlens is not None
         self.N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.scale = max(scale * LOG2E.value, 1e-30)  # zero times a logit of −inf would be NaN
-        self.window = None if window is None or window >= self.T else window
+        self.window = hiding(window, self.T)
         self.floor = -(17 + math.log(self.T)) * LOG2E.value if _leave_out[-1] else -math.inf
         self.long = self.window is None and not self.packed
         self.intervals = self.blocks(SPAN.value)

@@ -28,6 +28,7 @@ from fla.ops.attn.blocks import (
     gate_marks,
     gate_sums,
     gates,
+    hiding,
     largest_norm,
     own,
     put_tile,
@@ -175,9 +176,7 @@ def dq_kernel(
 
 def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     """Return the gradients of q, k, v, g and the sink."""
-    window = options.window_size
-    if window is not None and window >= q.shape[1]:
-        window = None  # which hides nothing
+    window = hiding(options.window_size, q.shape[1])
     if takes(q, v, g, window) and pays(v, g, cu_seqlens, window):
         signed, scale = portable.rising(q, options.scale)
         tensors = dense(do, signed, k, v, o)

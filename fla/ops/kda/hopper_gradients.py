@@ -15,11 +15,10 @@ from fla.ops.common.hopper import along
 from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
 from fla.ops.kda.activations import LOG2E, decay_of, log_decay, sigmoid
-from fla.ops.kda.halving import load_rate, middle, replaced, weight_of
+from fla.ops.kda.halving import TILE, load_rate, middle, replaced, weight_of
 from fla.ops.kda.slots import locate
 from fla.ops.kda.triton import GRADIENTS, Call
 
-TILE = gl.constexpr(16)
 # Tokens of a chunk
 C = gl.constexpr(64)
 TILES = gl.constexpr(4)
