@@ -16,12 +16,11 @@ from fla.ops.kda import chunk_kda, fused_recurrent_kda
 from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
 from fla.ops.kda.gate import fused_kda_gate
 from fla.ops.kda.naive import naive_recurrent_kda
-from fla.testing import Shape, all_specs
+from fla.testing import Shape
 from fla.testing.compare import measure, relative_error
 
 pytestmark = pytest.mark.gpu
 PARTS = 8
-SPECS = {spec.name: spec for spec in all_specs()}
 
 
 def check(spec, shape, variant, dtype):
