@@ -31,7 +31,8 @@ torch.set_num_threads(1)
 modules = emulated_gluon._modules()
 modules["triton.experimental.gluon.language"].bfloat16 = torch.float32
 stages = "kda.hopper_gradients", "kda.hopper_states"
-names = "common.kernels", "common.hopper", "kda.slots", "kda.activations", "kda.halving", *stages
+helpers = "slots", "activations", "halving", "hopper_pairs"
+names = "common.kernels", "common.hopper", *(f"kda.{name}" for name in helpers), *stages
 with (
     mock.patch.object(emulated_gluon, "_modules", lambda: modules),
     mock.patch.object(portable, "Call", portable.Call),

@@ -16,7 +16,7 @@ from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
 from fla.ops.kda.activations import LOG2E, decay_of, log_decay, sigmoid
 from fla.ops.kda.halving import TILE, load_rate, middle, replaced, weight_of
-from fla.ops.kda.hopper_pairs import results_at, rooms, steps_at, through_pairs
+from fla.ops.kda.hopper_pairs import gains_at, put_step, rooms, through_pairs
 from fla.ops.kda.slots import locate
 from fla.ops.kda.triton import GRADIENTS, Call
 
@@ -264,7 +264,7 @@ def hopper_gradients_kernel(
         near += place * TILES
         r_near = gl.load(near), gl.load(near + 1), gl.load(near + 2), gl.load(near + 3)
         far = r_near[0] + r_near[1] + r_near[2] + r_near[3] < C
-        both, flow = rooms()
+        room = rooms()
 
     o_r = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(1, _RIGHT)), 1)
     o_c = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(0, _RIGHT)), 0)
@@ -292,7 +292,7 @@ def hopper_gradients_kernel(
         put_side(ends.index(i_b), b_end)
         if FAR:
             if far:
-                put_side(steps_at(both, i_b), weight_of(b_g, FORGETS))
+                put_step(room, i_b, weight_of(b_g, FORGETS))
         b_out = gl.sum(b_end32 * side(out_tiles.index(i_b)), 1) * decay_of(b_rest)
         b_total = gl.sum(b_g, 1)
         outs.index(i_b).store(b_out)
@@ -306,7 +306,7 @@ def hopper_gradients_kernel(
             for i in range(TILES // 2):
                 if gl.load(near + 2 * i) + gl.load(near + 2 * i + 1) < 2 * TILE:
                     through_pairs(
-                        both, flow, q_tiles, k_tiles, dm_blocks, da_blocks, norms, owns, scale,
+                        room, q_tiles, k_tiles, dm_blocks, da_blocks, norms, owns, scale,
                         i, FORGETS,
                     )  # fmt: skip
     b_drate = part_of(zero)
@@ -367,7 +367,7 @@ def hopper_gradients_kernel(
             b_gain *= channels_of(decays.index(a)) * b_high
             b_dk = b_up * b_dk + b_inverse * (b_dki + b_gain)
         else:
-            own_dq, own_dk, own_dg = results_at(both, flow, a)
+            own_dq, own_dk, own_dg = gains_at(room, a)
             b_dexponent = b_qd32 * b_dq + b_kd32 * b_dk
             b_dg += side(own_dg)
             b_down = weight_of(sums(b_g, mask.permute((1, 0)).load(_RIGHT), zero), FORGETS)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fla.ops.kda.activations import LARGEST_EXPONENT
 from fla.ops.kda.halving import TILE, joined, parts
 from fla.ops.kda.triton import GRADIENTS
 
@@ -18,7 +17,8 @@ from fla.ops.kda.triton import GRADIENTS
 ROUNDS = gl.constexpr(2)
 TOKENS = gl.constexpr(32)
 CHANNELS = gl.constexpr(GRADIENTS.block)
-LARGEST = gl.constexpr(2.0**LARGEST_EXPONENT.value)
+# What a product of steps may grow to, as ``decay_of``
+LARGEST = gl.constexpr(2.0**120)
 _OWN = gl.constexpr(gl.BlockedLayout([1, 16], [32, 1], [2, 2], [0, 1]))
 _ROW = gl.constexpr(gl.SliceLayout(0, _OWN))
 _MATRIX = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
@@ -30,25 +30,32 @@ _VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 @gluon.jit
 def rooms():
-    """Where a chunk's steps lie, and then dq and dk, and where the gradients of log-decays do."""
-    both = gl.allocate_shared_memory(gl.bfloat16, [2 * ROUNDS, TOKENS, CHANNELS], _TILES)
+    """Memory of a chunk's pairs, 24 KB looked at in four ways.
+
+    Steps, decays over one token each, make way for dq and dk, and matrices in fp32 for the
+    gradients of log-decays, those of a round for those of the same.
+    """
+    gains = gl.allocate_shared_memory(gl.bfloat16, [2 * ROUNDS, TOKENS, CHANNELS], _TILES)
     flow = gl.allocate_shared_memory(gl.bfloat16, [ROUNDS, TOKENS, CHANNELS], _TILES)
-    return both, flow
+    steps = gains._reinterpret(gl.float32, [ROUNDS, TOKENS, CHANNELS], _STEPS)
+    matrices = flow._reinterpret(gl.float32, [2 * ROUNDS, TILE, TOKENS], _PLAIN)
+    return gains, flow, steps, matrices
 
 
 @gluon.jit
-def steps_at(both, a):
-    """Decays over each token of block a, [TILE, CHANNELS], where its dq and dk are to lie."""
-    return both._reinterpret(gl.float32, [2 * ROUNDS, TILE, CHANNELS], _STEPS).index(a)
+def put_step(room, a, b_step):
+    """Steps of block a on their side, [CHANNELS, TILE]."""
+    steps = room[2]._reinterpret(gl.float32, [2 * ROUNDS, TILE, CHANNELS], _STEPS)
+    steps.index(a).permute((1, 0)).store(b_step)
 
 
 @gluon.jit
-def results_at(both, flow, a: gl.constexpr):
+def gains_at(room, a: gl.constexpr):
     """dq, dk and the gradients of log-decays of block a, [TILE, CHANNELS] each."""
-    both = both._reinterpret(gl.bfloat16, [4 * ROUNDS, TILE, CHANNELS], _TILES)
-    flow = flow._reinterpret(gl.bfloat16, [2 * ROUNDS, TILE, CHANNELS], _TILES)
+    gains = room[0]._reinterpret(gl.bfloat16, [4 * ROUNDS, TILE, CHANNELS], _TILES)
+    flow = room[1]._reinterpret(gl.bfloat16, [2 * ROUNDS, TILE, CHANNELS], _TILES)
     first: gl.constexpr = a // 2 * 4 + a % 2
-    return both.index(first), both.index(first + 2), flow.index(a)
+    return gains.index(first), gains.index(first + 2), flow.index(a)
 
 
 @gluon.jit
@@ -95,7 +102,7 @@ def together(tokens):
 
 @gluon.jit
 def through_pairs(
-    both, flow, q_tiles, k_tiles, dm_blocks, da_blocks, norms, own, scale, i,
+    room, q_tiles, k_tiles, dm_blocks, da_blocks, norms, own, scale, i,
     FORGETS: gl.constexpr,
 ):  # fmt: skip
     """What tokens of round i and their log-decays gain from the pairs in their block.
@@ -106,16 +113,15 @@ def through_pairs(
     log-decay gains what rows from its token on do by their exponents, less what keys there do:
     pairs on both sides of it, and none where its step is 0.
     """
-    matrices = flow._reinterpret(gl.float32, [2 * ROUNDS, TILE, TOKENS], _PLAIN)
-    rows = flow._reinterpret(gl.float32, [2 * ROUNDS * TILE, TOKENS], _VECTOR)
+    gains, flow, steps, matrices = room
+    rows = matrices._reinterpret(gl.float32, [2 * ROUNDS * TILE, TOKENS], _VECTOR)
     widened(matrices, dm_blocks, i, 0)
     widened(matrices, da_blocks, i, 1)
-    steps = both._reinterpret(gl.float32, [ROUNDS, TOKENS, CHANNELS], _STEPS).index(i)
     b_q = tokens_at(q_tiles, i) * (numbers_at(norms, 2 * ROUNDS, i) * scale)
     b_k = tokens_at(k_tiles, i) * numbers_at(norms, 2 * ROUNDS, ROUNDS + i)
     r_q = one_by_one(b_q)
     r_k = one_by_one(b_k)
-    r_step = one_by_one(steps.permute((1, 0)).load(_OWN))
+    r_step = one_by_one(steps.index(i).permute((1, 0)).load(_OWN))
     zero = gl.zeros_like(r_q[0])
     r_decay = ()
     r_dq = ()
@@ -151,6 +157,6 @@ def through_pairs(
         gain = gl.where(r_step[t] == 0.0, 0.0, gain + r_gain[t])
         r_flow = (gain,) + r_flow  # noqa: RUF005
     b_own = numbers_at(own, ROUNDS, i)
-    both.index(2 * i).permute((1, 0)).store((b_dq + b_own * b_k).to(gl.bfloat16))
-    both.index(2 * i + 1).permute((1, 0)).store((b_row + b_key + b_own * b_q).to(gl.bfloat16))
+    gains.index(2 * i).permute((1, 0)).store((b_dq + b_own * b_k).to(gl.bfloat16))
+    gains.index(2 * i + 1).permute((1, 0)).store((b_row + b_key + b_own * b_q).to(gl.bfloat16))
     flow.index(i).permute((1, 0)).store(together(r_flow).to(gl.bfloat16))
