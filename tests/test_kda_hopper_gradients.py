@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 modules = emulated_gluon._modules()
 modules["triton.experimental.gluon.language"].bfloat16 = torch.float32
 stages = "kda.hopper_gradients", "kda.hopper_states"
-helpers = "slots", "activations", "halving", "hopper_pairs"
+helpers = "slots", "activations", "halving", "hopper_intra", "hopper_pairs"
 names = "common.kernels", "common.hopper", *(f"kda.{name}" for name in helpers), *stages
 with (
     mock.patch.object(emulated_gluon, "_modules", lambda: modules),
@@ -59,6 +59,8 @@ cases = (
     # gates nearly open, of gradients that are small, as of a mean over many tokens, or large
     {"T": 64, "K": 64, "V": 64, "gate": "raw", "lower_bound": -5.0, "open": 3.0, "size": 2.0**-40},
     {"T": 64, "K": 64, "V": 64, "gate": "raw", "lower_bound": -5.0, "open": 3.0, "size": 2.0**40},
+    {"T": 64, "K": 64, "V": 64, "gate": "mixed", "size": 2.0**-40},
+    {"T": 64, "K": 64, "V": 64, "gate": "mixed", "size": 2.0**40},
 )
 for case in cases:
     size, opened = case.pop("size", 1.0), case.pop("open", None)
@@ -78,7 +80,7 @@ for case in cases:
 def test_emulated():
     printed = run_alone("-c", EMULATED)
     calls = [json.loads(line) for line in printed.splitlines()]
-    assert len(calls) == 8
+    assert len(calls) == 10
     for case, errors in calls:
         assert {"q", "k", "v", "g", "beta"} <= errors.keys() and max(errors.values()) < FP32, (
             case,

@@ -14,8 +14,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from fla.ops.common.hopper import along
 from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
-from fla.ops.kda.activations import LOG2E, decay_of, log_decay, sigmoid
+from fla.ops.kda.activations import LOG2E, decay_of, sigmoid
 from fla.ops.kda.halving import TILE, load_rate, middle, replaced, weight_of
+from fla.ops.kda.hopper_intra import decays_of
 from fla.ops.kda.hopper_pairs import gains_at, put_step, rooms, through_pairs
 from fla.ops.kda.slots import locate
 from fla.ops.kda.triton import GRADIENTS, Call
@@ -182,7 +183,7 @@ def gates_at(tile, bias, rate, lower_bound, m_t, GATE: gl.constexpr):
         decay = x * gl.where(m_t, lower_bound * LOG2E, 0.0)
     else:
         x += bias
-        decay = gl.where(m_t, log_decay(x, rate, lower_bound, GATE), 0.0)
+        decay = gl.where(m_t, decays_of(x, 0.0, rate, lower_bound, GATE), 0.0)
     return x, decay
 
 
