@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from fla.ops.kda.halving import TILE, joined, parts
 from fla.ops.kda.triton import GRADIENTS
 
-# Two blocks of 16 tokens are at work at once, and a chunk of 64 has two such pairs of blocks.
+# Two blocks of 16 tokens are at work at once, so that a chunk of 64 takes two rounds.
 ROUNDS = gl.constexpr(2)
 TOKENS = gl.constexpr(32)
 CHANNELS = gl.constexpr(GRADIENTS.block)
@@ -30,10 +30,10 @@ _VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 @gluon.jit
 def rooms():
-    """Memory of a chunk's pairs, 24 KB looked at in four ways.
+    """24 KB of a chunk's pairs, looked at in four ways.
 
-    Steps, decays over one token each, make way for dq and dk, and matrices in fp32 for the
-    gradients of log-decays, those of a round for those of the same.
+    Steps, decays over one token each, lie where dq and dk of their blocks come to lie, and matrices
+    in fp32 where the gradients of log-decays do.
     """
     gains = gl.allocate_shared_memory(gl.bfloat16, [2 * ROUNDS, TOKENS, CHANNELS], _TILES)
     flow = gl.allocate_shared_memory(gl.bfloat16, [ROUNDS, TOKENS, CHANNELS], _TILES)
