@@ -246,13 +246,13 @@ def hopper_gradients_kernel(
     out_tiles = copied(dk_out + padded, K, C)
     norms = copied_vector(factors + place * (2 * C), 2 * C)
     async_copy.commit_group()
+    if FAR:
+        owns = copied_vector(own + place * C, C)
     q_tiles = copied(q + (token * H + i_h) * K + first, H * K, left)
     dq_tiles = copied(dq_in + padded, K, C)
     dk_tiles = copied(dk_in + padded, K, C)
     dm_blocks = copied_pairs(dqueries + place * (C * C))
     da_blocks = copied_pairs(dkeys + place * (C * C))
-    if FAR:
-        owns = copied_vector(own + place * C, C)
     async_copy.commit_group()
     rate = load_rate(A_log, i_hv, GATE)
     b_bias = gl.zeros([CHANNELS], gl.float32, _CHANNEL)
