@@ -59,14 +59,18 @@ cases = (
     # gates nearly open, of gradients that are small, as of a mean over many tokens, or large
     {"T": 64, "K": 64, "V": 64, "gate": "raw", "lower_bound": -5.0, "open": 3.0, "size": 2.0**-40},
     {"T": 64, "K": 64, "V": 64, "gate": "raw", "lower_bound": -5.0, "open": 3.0, "size": 2.0**40},
-    {"T": 64, "K": 64, "V": 64, "gate": "mixed", "size": 2.0**-40},
-    {"T": 64, "K": 64, "V": 64, "gate": "mixed", "size": 2.0**40},
+    # log-decays of -1e4, which would carry digits lost in their gradients into A_log's
+    {"T": 64, "K": 64, "V": 64, "gate": "raw", "open": -6.0, "steepest": 1e4, "size": 2.0**-40},
+    {"T": 64, "K": 64, "V": 64, "gate": "raw", "open": -6.0, "steepest": 1e4, "size": 2.0**40},
 )
 for case in cases:
-    size, opened = case.pop("size", 1.0), case.pop("open", None)
+    size, opened, steepest = (case.pop(name, None) for name in ("size", "open", "steepest"))
+    size = size or 1.0
     arguments, do, dstate = operands(**case)
     if opened is not None:
         arguments[3].mul_(0.3).add_(opened)
+    if steepest is not None:
+        arguments[3][:, 9::16] = steepest
     with mock.patch.object(portable, "chunk", lambda *sizes: 64):
         found = portable.backward(do * size, dstate * size, *arguments, made_by=Call)
     expected = eager.backward(do.double(), dstate.double(), *wide(arguments))
