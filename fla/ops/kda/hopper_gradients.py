@@ -304,11 +304,11 @@ def hopper_gradients_kernel(
     async_copy.wait_group(0)
     if FAR:
         if far:
-            for i in range(TILES // 2):
-                if gl.load(near + 2 * i) + gl.load(near + 2 * i + 1) < 2 * TILE:
+            for r in gl.static_range(TILES // 2):
+                if r_near[2 * r] + r_near[2 * r + 1] < 2 * TILE:
                     through_pairs(
                         room, q_tiles, k_tiles, dm_blocks, da_blocks, norms, owns, scale,
-                        i, FORGETS,
+                        r, FORGETS,
                     )  # fmt: skip
     b_drate = part_of(zero)
     b_dbias = b_drate
