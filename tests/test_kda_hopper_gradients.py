@@ -31,7 +31,8 @@ torch.set_num_threads(1)
 modules = emulated_gluon._modules()
 modules["triton.experimental.gluon.language"].bfloat16 = torch.float32
 stages = "kda.hopper_gradients", "kda.hopper_states"
-names = "common.kernels", "common.hopper", "kda.slots", "kda.activations", "kda.halving", *stages
+helpers = "slots", "activations", "halving", "hopper_intra", "hopper_pairs"
+names = "common.kernels", "common.hopper", *(f"kda.{name}" for name in helpers), *stages
 with (
     mock.patch.object(emulated_gluon, "_modules", lambda: modules),
     mock.patch.object(portable, "Call", portable.Call),
@@ -58,12 +59,18 @@ cases = (
     # gates nearly open, of gradients that are small, as of a mean over many tokens, or large
     {"T": 64, "K": 64, "V": 64, "gate": "raw", "lower_bound": -5.0, "open": 3.0, "size": 2.0**-40},
     {"T": 64, "K": 64, "V": 64, "gate": "raw", "lower_bound": -5.0, "open": 3.0, "size": 2.0**40},
+    # log-decays of -1e4, which would carry digits lost in their gradients into A_log's
+    {"T": 64, "K": 64, "V": 64, "gate": "raw", "open": -6.0, "steepest": 1e4, "size": 2.0**-40},
+    {"T": 64, "K": 64, "V": 64, "gate": "raw", "open": -6.0, "steepest": 1e4, "size": 2.0**40},
 )
 for case in cases:
-    size, opened = case.pop("size", 1.0), case.pop("open", None)
+    size, opened, steepest = (case.pop(name, None) for name in ("size", "open", "steepest"))
+    size = size or 1.0
     arguments, do, dstate = operands(**case)
     if opened is not None:
         arguments[3].mul_(0.3).add_(opened)
+    if steepest is not None:
+        arguments[3][:, 9::16] = steepest
     with mock.patch.object(portable, "chunk", lambda *sizes: 64):
         found = portable.backward(do * size, dstate * size, *arguments, made_by=Call)
     expected = eager.backward(do.double(), dstate.double(), *wide(arguments))
@@ -77,7 +84,7 @@ for case in cases:
 def test_emulated():
     printed = run_alone("-c", EMULATED)
     calls = [json.loads(line) for line in printed.splitlines()]
-    assert len(calls) == 8
+    assert len(calls) == 10
     for case, errors in calls:
         assert {"q", "k", "v", "g", "beta"} <= errors.keys() and max(errors.values()) < FP32, (
             case,
