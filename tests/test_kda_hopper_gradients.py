@@ -30,14 +30,14 @@ from fla.testing.compare import relative_error
 torch.set_num_threads(1)
 modules = emulated_gluon._modules()
 modules["triton.experimental.gluon.language"].bfloat16 = torch.float32
-stages = "kda.hopper_gradients", "kda.hopper_states"
+stages = "kda.hopper_gradients", "kda.hopper_states", "kda.hopper"
 names = "common.kernels", "common.hopper", "kda.slots", "kda.activations", "kda.halving", *stages
 with (
     mock.patch.object(emulated_gluon, "_modules", lambda: modules),
     mock.patch.object(portable, "Call", portable.Call),
     emulated_gluon.emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as loaded,
 ):
-    within, across = loaded[-2:]
+    within, across, hopper = loaded[-3:]
 within.wide, within.narrow = lambda x: x, lambda x: (x, x)
 within.launch = across.launch = (
     lambda kernel, programs, tensors, numbers, constants: kernel[(programs,)](
@@ -45,8 +45,14 @@ within.launch = across.launch = (
     )
 )
 
-class Call(portable.Call):
-    across, within = across.run_states, within.run_gradients
+class Call(hopper.Call):
+    def _takes_gradients(self):
+        return True
+
+    def _takes_chunks(self, *_):
+        return False
+
+    _takes_scan = _takes_chunks
 
 cases = (
     {"T": 1, "K": 64, "V": 64},
