@@ -417,9 +417,7 @@ def hopper_gradients_kernel(
             b_dq *= scale
         if radial is not None:
             b_dq = tangent(b_dq, q_tiles.index(a), norms.index(a), radials.index(a))
-            b_dk = tangent(
-                b_dk, k_tiles.index(a), norms.index(TILES + a), radials.index(TILES + a)
-            )
+            b_dk = tangent(b_dk, k_tiles.index(a), norms.index(TILES + a), radials.index(TILES + a))
         # rows for keys before them, in place of what they were made of
         put_side(q_tiles.index(a), b_qd)
         put_side(k_tiles.index(a), b_kd)
