@@ -51,10 +51,11 @@ class Call(portable.Call):
     def across(self, do, *results) -> None:
         if not self._takes_gradients():
             return super().across(do, *results)
+        do = do if do.data_ptr() % 16 == 0 else do.clone()
         self.radial = None
         if self._finishes() and self.options.qk_l2norm:
             self.radial = self.workspace(2, self.C, dtype=torch.float32)
-        run_states(self, do if do.data_ptr() % 16 == 0 else do.clone(), *results, self.radial)
+        run_states(self, do, self.radial, *results)
 
     def within(self, *operands) -> tuple[Tensor, Tensor]:
         if not self._takes_gradients():
@@ -75,7 +76,7 @@ class Call(portable.Call):
         return self._takes_chunks() and self.V in (64, 128)
 
     def _finishes(self) -> bool:
-        """Whether these two make dq and dk, norms and all: value heads of a group sum theirs."""
+        """Whether these two kernels make dq and dk: value heads that share a key sum theirs."""
         return self.HV == self.H
 
     def _takes_scan(self, other: Tensor) -> bool:

@@ -168,7 +168,7 @@ def hopper_states_kernel(
 
 
 def run_states(
-    call: Call, do, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through, radial
+    call: Call, do, radial, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through
 ) -> None:
     """``triton.Call.across`` for Hopper; pairs' gradients are lower triangles."""
     launch(
