@@ -98,9 +98,9 @@ def hopper_states_kernel(
     w_tile = copied(values + place * (C * V), C, V, V, C)
     u_tile = copied(solved + place * (C * V), C, V, V, C)
     async_copy.commit_group()
-    s_tile = copied(states + place * (V * K), V, K, K, V)
-    async_copy.commit_group()
     ds_tile = copied(dstates + place * (V * K), V, K, K, V)
+    async_copy.commit_group()
+    s_tile = copied(states + place * (V * K), V, K, K, V)
     async_copy.commit_group()
     betas += place * C
     b_beta = gl.load(betas + o_c)
@@ -143,26 +143,30 @@ def hopper_states_kernel(
     gl.store(dkeys + p_pairs, gl.where(o_row > o_column, b_uw, 0.0).to(dtype))
 
     async_copy.wait_group(1)
+    b_dk = gl.zeros([C, K], gl.float32, _ACC)
+    for i in gl.static_range(V // STEP):
+        b_ds = ds_tile.slice(i * STEP, STEP).load(_RIGHT)
+        b_dk = mma_v2(w_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_ds, b_dk)
+    put(dk_out + place * (C * K), b_dk * gl.expand_dims(b_beta, 1), K)
+    dq_in += place * (C * K)
+    if radial is not None:
+        # where w was; it arrives while states are multiplied
+        q_tile = copied(dq_in, C, K, K, C)
+    async_copy.commit_group()
+
+    async_copy.wait_group(1)
     b_dq = gl.zeros([C, K], gl.float32, _ACC)
     b_dk = gl.zeros([C, K], gl.float32, _ACC)
     for i in gl.static_range(V // STEP):
         b_s = s_tile.slice(i * STEP, STEP).load(_RIGHT)
         b_dq = mma_v2(do_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_s, b_dq)
         b_dk = mma_v2(u_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_s, b_dk)
-    dq_in += place * (C * K)
-    if radial is not None:
-        b_q = gl.load(dq_in + lines(C, K, K))
     put(dk_in + place * (C * K), b_dk * -gl.expand_dims(b_beta, 1), K)
+    async_copy.wait_group(0)
     b_dq = put(dq_in, b_dq, K)
     if radial is not None:
-        gl.store(radial, b_radial + gl.sum(b_q.to(gl.float32) * b_dq.to(gl.float32), 1))
-
-    async_copy.wait_group(0)
-    b_dk = gl.zeros([C, K], gl.float32, _ACC)
-    for i in gl.static_range(V // STEP):
-        b_ds = ds_tile.slice(i * STEP, STEP).load(_RIGHT)
-        b_dk = mma_v2(w_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_ds, b_dk)
-    put(dk_out + place * (C * K), b_dk * gl.expand_dims(b_beta, 1), K)
+        b_q = q_tile.load(_LINES).to(gl.float32)
+        gl.store(radial, b_radial + gl.sum(b_q * b_dq.to(gl.float32), 1))
     b_through = s_tile.load(_LINES).to(gl.float32) * ds_tile.load(_LINES).to(gl.float32)
     gl.store(through + place * K + gl.arange(0, K, _ALONG), gl.sum(b_through, 0))
 
