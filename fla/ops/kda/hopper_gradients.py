@@ -134,13 +134,6 @@ def left_side(tile):
 
 
 @gluon.jit
-def tangent(dy, tile, norm, radial):
-    """dx = f (dy − y (y·dy)), y = f x, of a block on its side; ``radial`` is y·dy."""
-    b_norm = tokens_of(norm)
-    return b_norm * (dy - side(tile) * (b_norm * tokens_of(radial)))
-
-
-@gluon.jit
 def pairs_of(blocks, a, b):
     """Rows of block a by columns of block b of a matrix as right operand, and the transpose."""
     tile = blocks.index(b * TILES + a)
@@ -247,8 +240,10 @@ def hopper_gradients_kernel(
     decayed over one block after the other: what a row gains from the keys of block b passes the
     blocks between before what the next block gives is added, a key's gains likewise from behind.
 
-    Unless ``dq`` is None the gradients of q and k themselves go there and to ``dk``, with
-    ``radial`` from the kernel before where q and k were normalised.
+    Unless ``dq`` is None the gradients of raw q and k go there and to ``dk``, with ``radial`` of
+    the kernel before where q and k were normalised:
+
+        dx = f dy − x f² (y·dy)    y = f x
     """
     BLOCKS: gl.constexpr = K // CHANNELS
     i_block = gl.program_id(0) % BLOCKS
@@ -414,10 +409,11 @@ def hopper_gradients_kernel(
             g_tiles.index(a), b_x, b_g, b_dg, b_bias, rate, lower_bound, m_t, GATE
         )
         if dq is not None:
-            b_dq *= scale
+            b_dq *= tokens_of(norms.index(a)) * scale
+            b_dk *= tokens_of(norms.index(TILES + a))
         if radial is not None:
-            b_dq = tangent(b_dq, q_tiles.index(a), norms.index(a), radials.index(a))
-            b_dk = tangent(b_dk, k_tiles.index(a), norms.index(TILES + a), radials.index(TILES + a))
+            b_dq -= side(q_tiles.index(a)) * tokens_of(radials.index(a))
+            b_dk -= side(k_tiles.index(a)) * tokens_of(radials.index(TILES + a))
         # rows for keys before them, in place of what they were made of
         put_side(q_tiles.index(a), b_qd)
         put_side(k_tiles.index(a), b_kd)
