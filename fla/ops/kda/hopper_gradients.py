@@ -204,7 +204,7 @@ def gates_backward(tile, x, decay, dg, bias, rate, lower_bound, m_t, GATE: gl.co
 @gluon.jit(do_not_specialize=["T", "rows"])
 def hopper_gradients_kernel(
     q, k, g, A_log, dt_bias, cu_seqlens, factors, near, dq_in, dk_in, dk_out, through,
-    dqueries, dkeys, own, dg, dA_log, ddt_bias,
+    dqueries, dkeys, own, dg, dA_log, ddt_bias, radial, dq, dk,
     scale, lower_bound, T, rows,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
     GATE: gl.constexpr, FORGETS: gl.constexpr, FAR: gl.constexpr,
@@ -215,6 +215,11 @@ def hopper_gradients_kernel(
 
     decayed over one block after the other: what a row gains from the keys of block b passes the
     blocks between before what the next block gives is added, a key's gains likewise from behind.
+
+    Unless ``dq`` is None the gradients of raw q and k go there and to ``dk``, with ``radial`` of
+    the kernel before where q and k were normalised:
+
+        dx = f dy − x f² (y·dy)    y = f x
     """
     BLOCKS: gl.constexpr = K // CHANNELS
     i_block = gl.program_id(0) % BLOCKS
@@ -229,6 +234,9 @@ def hopper_gradients_kernel(
     first = i_block * CHANNELS
     channel = first + gl.arange(0, CHANNELS, _CHANNEL)
     p_dg = dg + (token * HV + i_hv) * K + first
+    if dq is not None:
+        dq += (token * H + i_h) * K + first
+        dk += (token * H + i_h) * K + first
 
     if i_c * C >= live:  # padding has no gradient, nor has a slot that no chunk fills
         if dA_log is not None:
@@ -238,6 +246,11 @@ def hopper_gradients_kernel(
         o_x, o_t = lines(HV * K)
         b_zero = gl.zeros([C, CHANNELS], dg.dtype.element_ty, _LINES)
         gl.store(p_dg + o_x, b_zero, o_t < left)
+        if dq is not None:
+            o_x, o_t = lines(H * K)
+            b_zero = gl.zeros([C, CHANNELS], dq.dtype.element_ty, _LINES)
+            gl.store(dq + o_x, b_zero, o_t < left)
+            gl.store(dk + o_x, b_zero, o_t < left)
         return
 
     padded = place * (C * K) + first
@@ -253,6 +266,8 @@ def hopper_gradients_kernel(
     dk_tiles = copied(dk_in + padded, K, C)
     dm_blocks = copied_pairs(dqueries + place * (C * C))
     da_blocks = copied_pairs(dkeys + place * (C * C))
+    if radial is not None:
+        radials = copied_vector(radial + place * (2 * C), 2 * C)
     async_copy.commit_group()
     rate = load_rate(A_log, i_hv, GATE)
     b_bias = gl.zeros([CHANNELS], gl.float32, _CHANNEL)
@@ -378,6 +393,12 @@ def hopper_gradients_kernel(
         b_dx, b_share = gates_backward(
             g_tiles.index(a), b_x, b_g, b_dg, b_bias, rate, lower_bound, m_t, GATE
         )
+        if dq is not None:
+            b_dq *= tokens_of(norms.index(a)) * scale
+            b_dk *= tokens_of(norms.index(TILES + a))
+        if radial is not None:
+            b_dq -= side(q_tiles.index(a)) * tokens_of(radials.index(a))
+            b_dk -= side(k_tiles.index(a)) * tokens_of(radials.index(TILES + a))
         # rows for keys before them, in place of what they were made of
         put_side(q_tiles.index(a), b_qd)
         put_side(k_tiles.index(a), b_kd)
@@ -391,8 +412,12 @@ def hopper_gradients_kernel(
     if ddt_bias is not None:
         b_dbias = gl.convert_layout(gl.sum(b_dbias, 1), _CHANNEL)
         gl.store(ddt_bias + place * K + channel, b_dbias)
-    put(dq_in + padded, K, C, dq_tiles)
-    put(dk_in + padded, K, C, dk_tiles)
+    if dq is not None:
+        put(dq, H * K, left, dq_tiles)
+        put(dk, H * K, left, dk_tiles)
+    else:
+        put(dq_in + padded, K, C, dq_tiles)
+        put(dk_in + padded, K, C, dk_tiles)
     put(p_dg, HV * K, left, g_tiles)
 
 

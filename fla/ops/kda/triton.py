@@ -388,19 +388,9 @@ class Call:
         if self.A_log is not None or self.dt_bias is not None:
             drates = self.decay.new_empty(self.slots, self.HV, self.BK // GRADIENTS.block)
             dbiases = torch.empty_like(self.decay)
-        self.within(dq_in, dk_in, dk_out, through, dqueries, dkeys, own, dg, drates, dbiases)
-        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
-        launch(
-            unit_kernel,
-            self.slots * self.H,
-            (self.q, self.k, self.cu_seqlens, self.factors, dq_in, dk_in, dq, dk),
-            (self.options.scale, self.T, self.rows),
-            {
-                "H": self.H, "HV": self.HV, "K": self.K, "C": C, "BK": self.BK,
-                "GROUP": self.HV // self.H, "QK_L2NORM": self.options.qk_l2norm,
-                "num_warps": 4, "num_stages": 1,
-            },
-        )  # fmt: skip
+        dq, dk = self.within(
+            dq_in, dk_in, dk_out, through, dqueries, dkeys, own, dg, drates, dbiases
+        )
         parameters = parameters_backward(self.A_log, self.dt_bias, drates, dbiases)
         parameters = (absent(self.q) if x is None else x for x in parameters)
         return dq, dk, dv, dg, dbeta, *parameters
@@ -435,8 +425,8 @@ class Call:
             },
         )  # fmt: skip
 
-    def within(self, *operands) -> None:
-        """Gradients of q, k and gates of these; launches ``gradients_kernel``."""
+    def within(self, *operands) -> tuple[Tensor, Tensor]:
+        """Gradients of gates, and of q and k, which are returned."""
         launch(
             gradients_kernel,
             self.slots * self.HV * (self.BK // GRADIENTS.block),
@@ -451,6 +441,23 @@ class Call:
                 "num_warps": GRADIENTS.warps, "num_stages": GRADIENTS.stages,
             },
         )  # fmt: skip
+        return self.units()
+
+    def units(self) -> tuple[Tensor, Tensor]:
+        """dq and dk of those of activated q and k, in place of ``q_in`` and ``k_in``."""
+        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
+        launch(
+            unit_kernel,
+            self.slots * self.H,
+            (self.q, self.k, self.cu_seqlens, self.factors, self.q_in, self.k_in, dq, dk),
+            (self.options.scale, self.T, self.rows),
+            {
+                "H": self.H, "HV": self.HV, "K": self.K, "C": self.C, "BK": self.BK,
+                "GROUP": self.HV // self.H, "QK_L2NORM": self.options.qk_l2norm,
+                "num_warps": 4, "num_stages": 1,
+            },
+        )  # fmt: skip
+        return dq, dk
 
     def no_gradients(self):
         zeros = (torch.zeros_like(x) for x in (self.q, self.k, self.v, self.g, self.beta))
