@@ -266,8 +266,6 @@ def hopper_gradients_kernel(
     dk_tiles = copied(dk_in + padded, K, C)
     dm_blocks = copied_pairs(dqueries + place * (C * C))
     da_blocks = copied_pairs(dkeys + place * (C * C))
-    if radial is not None:
-        radials = copied_vector(radial + place * (2 * C), 2 * C)
     async_copy.commit_group()
     rate = load_rate(A_log, i_hv, GATE)
     b_bias = gl.zeros([CHANNELS], gl.float32, _CHANNEL)
@@ -288,6 +286,14 @@ def hopper_gradients_kernel(
     mask.store(as_mask(o_r < o_c))
     o_i = gl.expand_dims(gl.arange(0, TILE, _TOKEN), 0)
     zero = gl.zeros([CHANNELS, TILE], gl.float32, _ACC)
+
+    if radial is not None:
+        o_w = gl.arange(0, 2 * C, _WORDS)
+        b_factor = gl.load(factors + place * (2 * C) + o_w)
+        b_radial = gl.load(radial + place * (2 * C) + o_w) * (b_factor * b_factor)
+        radials = gl.allocate_shared_memory(gl.float32, [1, 2 * C], _VECTOR)
+        radials.index(0).store(b_radial)
+        radials = radials._reinterpret(gl.float32, [2 * TILES, TILE], _VECTOR)
 
     # keys at the end of their blocks, what gates gain between them and the chunk's end, and decays;
     # in a loop that stays one, for more straight code than what follows waits for its instructions

@@ -58,7 +58,7 @@ def put(p, x, COLUMNS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["T", "rows"])
 def hopper_states_kernel(
-    do, v, beta, cu_seqlens, betas, factors, queries, values, solved, states, dstates,
+    do, v, beta, cu_seqlens, betas, queries, values, solved, states, dstates,
     dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through, radial,
     T, rows,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
@@ -67,8 +67,8 @@ def hopper_states_kernel(
     """What ``adjoint_kernel`` and ``through_states_kernel`` make, of one chunk and value head.
 
     But dM and dA as lower triangles, dM with its diagonal, as the next kernel multiplies them, and
-    in ``radial``, unless that is None, how much of raw q and k their norms take away from dq and
-    dk: the squares of the norms' factors times, with q and k as norms leave them,
+    in ``radial``, unless that is None, how much of q and k, as norms leave them, norms take away
+    from dq and dk:
 
         q·dq = Σ_j M_ij dM_ij + q_in·dq_in    k·dk = β u·(2 w − v)
 
@@ -112,8 +112,6 @@ def hopper_states_kernel(
     p_pairs = place * (C * C) + o_row * C + o_column
     if radial is not None:
         radial += place * (2 * C) + o_line
-        factors += place * (2 * C) + o_line
-        b_factor = gl.load(factors + C)
         b_v = gl.load(v + (token * HV + i_hv) * V + lines(C, V, HV * V), m_line, 0)
         b_m = gl.load(queries + p_pairs)
 
@@ -129,7 +127,7 @@ def hopper_states_kernel(
     b_dbeta = gl.sum(b_u * w_tile.load(_LINES).to(gl.float32), 1)
     if radial is not None:
         b_radial = b_line * (2 * b_dbeta - gl.sum(b_u * b_v.to(gl.float32), 1))
-        gl.store(radial + C, b_factor * b_factor * b_radial)
+        gl.store(radial + C, b_radial)
     b_dbeta = beta_backward(b_raw, b_dbeta, BETA_SIGMOID, BETA_RANGE)
     gl.store(p_dbeta, b_dbeta.to(dbeta.dtype.element_ty), o_line < left)
     b_ow *= b_column
@@ -154,7 +152,6 @@ def hopper_states_kernel(
     if radial is not None:
         # where w was; it arrives while states are multiplied
         q_tile = copied(dq_in, C, K, K, C)
-        b_factor = gl.load(factors)
     async_copy.commit_group()
 
     async_copy.wait_group(1)
@@ -169,8 +166,7 @@ def hopper_states_kernel(
     b_dq = put(dq_in, b_dq, K)
     if radial is not None:
         b_q = q_tile.load(_LINES).to(gl.float32)
-        b_radial += gl.sum(b_q * b_dq.to(gl.float32), 1)
-        gl.store(radial, b_factor * b_factor * b_radial)
+        gl.store(radial, b_radial + gl.sum(b_q * b_dq.to(gl.float32), 1))
     b_through = s_tile.load(_LINES).to(gl.float32) * ds_tile.load(_LINES).to(gl.float32)
     gl.store(through + place * K + gl.arange(0, K, _ALONG), gl.sum(b_through, 0))
 
@@ -183,8 +179,8 @@ def run_states(
         hopper_states_kernel,
         call.slots * call.HV,
         (
-            do, call.v, call.beta, call.cu_seqlens, call.betas, call.factors, call.queries,
-            call.values, call.solved, call.states, call.dstates,
+            do, call.v, call.beta, call.cu_seqlens, call.betas, call.queries, call.values,
+            call.solved, call.states, call.dstates,
             dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through, radial,
         ),
         (call.T, call.rows),
