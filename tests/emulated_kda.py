@@ -17,9 +17,9 @@ from fla.ops.kda import triton as portable
 from fla.ops.kda.engine import Options
 from fla.testing.compare import relative_error
 
-STAGES = "hopper_blocks", "hopper_scan", "hopper"
+STAGES = "hopper_tiles", "hopper_blocks", "hopper_scan", "hopper"
 with emulated("fla.ops.common.hopper", *(f"fla.ops.kda.{name}" for name in STAGES)) as modules:
-    _, _, scan, hopper = modules
+    *_, scan, hopper = modules
 C = 64
 H = 2
 

@@ -33,7 +33,7 @@ torch.use_deterministic_algorithms(True)  # so that what is never written is NaN
 modules = emulated_gluon._modules()
 modules["triton.experimental.gluon.language"].bfloat16 = torch.float32
 stages = "kda.hopper_gradients", "kda.hopper_states", "kda.hopper"
-helpers = "slots", "activations", "halving", "hopper_intra", "hopper_pairs"
+helpers = "slots", "activations", "halving", "hopper_tiles", "hopper_intra", "hopper_pairs"
 names = "common.kernels", "common.hopper", *(f"kda.{name}" for name in helpers), *stages
 with (
     mock.patch.object(emulated_gluon, "_modules", lambda: modules),

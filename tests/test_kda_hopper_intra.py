@@ -21,7 +21,10 @@ from emulated_gluon import emulated
 from kda_operands import call_of, errors, operands
 
 torch.set_num_threads(1)
-names = "slots", "activations", "halving", "hopper_intra", "hopper_pairs", "hopper_gradients"
+names = (
+    "slots", "activations", "halving", "hopper_tiles", "hopper_intra", "hopper_pairs",
+    "hopper_gradients",
+)
 names += "hopper_halving", "hopper"
 names = ("common.hopper", "common.kernels", *(f"kda.{name}" for name in names))
 with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, halving, hopper):

@@ -6,8 +6,8 @@ from triton.language.core import _aggregate as aggregate
 
 from fla.ops.common.hopper import Ring, along, new_barriers, new_tiles
 from fla.ops.common.kernels import SEARCH, sequence_at
+from fla.ops.kda.hopper_tiles import C
 
-C = gl.constexpr(64)
 # Value channels of a partition
 BV = gl.constexpr(64)
 # [BV, C], as products leave it and as they take it from registers
@@ -17,7 +17,7 @@ TOKENS = gl.constexpr(gl.SliceLayout(0, PAIRS))
 
 
 @gluon.constexpr_function
-def wide(BK):
+def state_layout(BK):
     """The layout of a state, [BV, BK]."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
 

@@ -18,12 +18,20 @@ from fla.ops.kda.activations import LOG2E, decay_of, sigmoid
 from fla.ops.kda.halving import TILE, load_rate, middle, replaced, weight_of
 from fla.ops.kda.hopper_intra import decays_of
 from fla.ops.kda.hopper_pairs import gains_at, put_step, rooms, through_pairs
+from fla.ops.kda.hopper_tiles import (
+    BLOCKS,
+    SHARED,
+    C,
+    as_mask,
+    copied,
+    in_lines,
+    lines,
+    narrow,
+    wide,
+)
 from fla.ops.kda.slots import locate
 from fla.ops.kda.triton import GRADIENTS, Call
 
-# Tokens of a chunk
-C = gl.constexpr(64)
-TILES = gl.constexpr(4)
 # Channels of a program
 CHANNELS = gl.constexpr(GRADIENTS.block)
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
@@ -31,45 +39,33 @@ _LEFT = gl.constexpr(gl.DotOperandLayout(0, _ACC, 2))
 _RIGHT = gl.constexpr(gl.DotOperandLayout(1, _ACC, 2))
 _TOKEN = gl.constexpr(gl.SliceLayout(0, _ACC))
 _CHANNEL = gl.constexpr(gl.SliceLayout(1, _ACC))
-# What is copied to and from global memory, 16 bytes a thread
-_LINES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+_LINES = gl.constexpr(in_lines(4))
 _PAIRS = gl.constexpr(gl.BlockedLayout([1, 1, 8], [1, 16, 2], [1, 4, 1], [2, 1, 0]))
 _WORDS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
 _COLUMNS = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0]))
 _SMALL = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
 _VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def lines(stride):
-    """Where the elements of a tile [C, CHANNELS] lie, and the tokens of its rows."""
-    o_t = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(1, _LINES)), 1)
-    o_k = gl.expand_dims(gl.arange(0, CHANNELS, gl.SliceLayout(0, _LINES)), 0)
-    return o_t * stride + o_k, o_t
-
-
-@gluon.jit
-def copied(p, stride, left):
-    """A tile on its way to shared memory, in blocks of TILE; zeros from token ``left`` on."""
-    o_x, o_t = lines(stride)
-    tile = gl.allocate_shared_memory(p.dtype.element_ty, [C, CHANNELS], _SHARED)
-    async_copy.async_copy_global_to_shared(tile, p + o_x, o_t < left)
-    return tile._reinterpret(p.dtype.element_ty, [TILES, TILE, CHANNELS], _SHARED)
+def copied_blocks(p, stride, left):
+    """A tile [C, CHANNELS] on its way to shared memory, in blocks of TILE tokens."""
+    tile = copied(p, C, CHANNELS, stride, left)
+    return tile._reinterpret(p.dtype.element_ty, [BLOCKS, TILE, CHANNELS], SHARED)
 
 
 @gluon.jit
 def copied_pairs(p):
-    """A matrix [C, C] likewise: rows of block a by columns of block b are block b · TILES + a."""
-    o_b = gl.arange(0, TILES, gl.SliceLayout(1, gl.SliceLayout(2, _PAIRS)))
+    """A matrix [C, C] likewise: rows of block a by columns of block b are block b · BLOCKS + a."""
+    o_b = gl.arange(0, BLOCKS, gl.SliceLayout(1, gl.SliceLayout(2, _PAIRS)))
     o_r = gl.arange(0, C, gl.SliceLayout(0, gl.SliceLayout(2, _PAIRS)))
     o_c = gl.arange(0, TILE, gl.SliceLayout(0, gl.SliceLayout(1, _PAIRS)))
     o_x = gl.expand_dims(gl.expand_dims(o_b * TILE, 1), 2)
     o_x += gl.expand_dims(gl.expand_dims(o_r * C, 0), 2)
     o_x += gl.expand_dims(gl.expand_dims(o_c, 0), 1)
-    blocks = gl.allocate_shared_memory(p.dtype.element_ty, [TILES, C, TILE], _COLUMNS)
+    blocks = gl.allocate_shared_memory(p.dtype.element_ty, [BLOCKS, C, TILE], _COLUMNS)
     async_copy.async_copy_global_to_shared(blocks, p + o_x)
-    return blocks._reinterpret(p.dtype.element_ty, [TILES * TILES, TILE, TILE], _SMALL)
+    return blocks._reinterpret(p.dtype.element_ty, [BLOCKS * BLOCKS, TILE, TILE], _SMALL)
 
 
 @gluon.jit
@@ -83,26 +79,9 @@ def copied_vector(p, N: gl.constexpr):
 @gluon.jit
 def put(p, stride, left, tiles):
     """A tile from shared memory, its tokens before ``left``."""
-    o_x, o_t = lines(stride)
-    tile = tiles._reinterpret(tiles.dtype, [C, CHANNELS], _SHARED)
+    o_x, o_t = lines(C, CHANNELS, stride)
+    tile = tiles._reinterpret(tiles.dtype, [C, CHANNELS], SHARED)
     gl.store(p + o_x, tile.load(_LINES), o_t < left)
-
-
-@gluon.jit
-def wide(x):
-    """bf16 in fp32: two numbers that share a register, without moving them apart first."""
-    return gl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], gl.float32, True, 2
-    )
-
-
-@gluon.jit
-def narrow(x):
-    """fp32 in bf16, and that in fp32; a conversion there and back takes four times as long."""
-    return gl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
-        "=&r,=r,=r,r,r", [x], (gl.bfloat16, gl.float32), True, 2,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -138,7 +117,7 @@ def left_side(tile):
 @gluon.jit
 def pairs_of(blocks, a, b):
     """Rows of block a by columns of block b of a matrix as right operand, and the transpose."""
-    tile = blocks.index(b * TILES + a)
+    tile = blocks.index(b * BLOCKS + a)
     return tile.load(_RIGHT), tile.permute((1, 0)).load(_RIGHT)
 
 
@@ -165,11 +144,6 @@ def part_of(x):
 def sum_of(x):
     """Over tokens, [CHANNELS, 1]."""
     return gl.expand_dims(gl.sum(x, 1), 1)
-
-
-@gluon.jit
-def as_mask(m):
-    return gl.where(m, 1.0, 0.0).to(gl.bfloat16)
 
 
 @gluon.jit
@@ -221,10 +195,10 @@ def hopper_gradients_kernel(
 
         dx = f dy − x f² (y·dy)    y = f x
     """
-    BLOCKS: gl.constexpr = K // CHANNELS
-    i_block = gl.program_id(0) % BLOCKS
-    i_hv = gl.program_id(0) // BLOCKS % HV
-    i_slot = gl.program_id(0) // BLOCKS // HV
+    PARTS: gl.constexpr = K // CHANNELS
+    i_block = gl.program_id(0) % PARTS
+    i_hv = gl.program_id(0) // PARTS % HV
+    i_slot = gl.program_id(0) // PARTS // HV
     i_h = i_hv // (HV // H)
     o_s = gl.arange(0, SEARCH, along(gl.num_warps()))
     _n, i_c, start, length, live = locate(cu_seqlens, i_slot, rows, T, C, o_s)
@@ -240,30 +214,30 @@ def hopper_gradients_kernel(
 
     if i_c * C >= live:  # padding has no gradient, nor has a slot that no chunk fills
         if dA_log is not None:
-            gl.store(dA_log + place * BLOCKS + i_block, 0.0)
+            gl.store(dA_log + place * PARTS + i_block, 0.0)
         if ddt_bias is not None:
             gl.store(ddt_bias + place * K + channel, channel * 0.0)
-        o_x, o_t = lines(HV * K)
+        o_x, o_t = lines(C, CHANNELS, HV * K)
         b_zero = gl.zeros([C, CHANNELS], dg.dtype.element_ty, _LINES)
         gl.store(p_dg + o_x, b_zero, o_t < left)
         if dq is not None:
-            o_x, o_t = lines(H * K)
+            o_x, o_t = lines(C, CHANNELS, H * K)
             b_zero = gl.zeros([C, CHANNELS], dq.dtype.element_ty, _LINES)
             gl.store(dq + o_x, b_zero, o_t < left)
             gl.store(dk + o_x, b_zero, o_t < left)
         return
 
     padded = place * (C * K) + first
-    g_tiles = copied(g + (token * HV + i_hv) * K + first, HV * K, left)
-    k_tiles = copied(k + (token * H + i_h) * K + first, H * K, left)
-    out_tiles = copied(dk_out + padded, K, C)
+    g_tiles = copied_blocks(g + (token * HV + i_hv) * K + first, HV * K, left)
+    k_tiles = copied_blocks(k + (token * H + i_h) * K + first, H * K, left)
+    out_tiles = copied_blocks(dk_out + padded, K, C)
     norms = copied_vector(factors + place * (2 * C), 2 * C)
     async_copy.commit_group()
     if FAR:
         owns = copied_vector(own + place * C, C)
-    q_tiles = copied(q + (token * H + i_h) * K + first, H * K, left)
-    dq_tiles = copied(dq_in + padded, K, C)
-    dk_tiles = copied(dk_in + padded, K, C)
+    q_tiles = copied_blocks(q + (token * H + i_h) * K + first, H * K, left)
+    dq_tiles = copied_blocks(dq_in + padded, K, C)
+    dk_tiles = copied_blocks(dk_in + padded, K, C)
     dm_blocks = copied_pairs(dqueries + place * (C * C))
     da_blocks = copied_pairs(dkeys + place * (C * C))
     async_copy.commit_group()
@@ -275,7 +249,7 @@ def hopper_gradients_kernel(
     b_bias = gl.expand_dims(b_bias, 1)
     b_through = gl.expand_dims(gl.load(through + place * K + channel), 1)
     if FAR:  # unless a lower bound keeps all blocks near
-        near += place * TILES
+        near += place * BLOCKS
         r_near = gl.load(near), gl.load(near + 1), gl.load(near + 2), gl.load(near + 3)
         far = r_near[0] + r_near[1] + r_near[2] + r_near[3] < C
         room = rooms()
@@ -293,21 +267,21 @@ def hopper_gradients_kernel(
         b_radial = gl.load(radial + place * (2 * C) + o_w) * (b_factor * b_factor)
         radials = gl.allocate_shared_memory(gl.float32, [1, 2 * C], _VECTOR)
         radials.index(0).store(b_radial)
-        radials = radials._reinterpret(gl.float32, [2 * TILES, TILE], _VECTOR)
+        radials = radials._reinterpret(gl.float32, [2 * BLOCKS, TILE], _VECTOR)
 
     # keys at the end of their blocks, what gates gain between them and the chunk's end, and decays;
     # in a loop that stays one, for more straight code than what follows waits for its instructions
     async_copy.wait_group(1)
-    ends = gl.allocate_shared_memory(gl.bfloat16, [TILES, TILE, CHANNELS], _SHARED)
+    ends = gl.allocate_shared_memory(gl.bfloat16, [BLOCKS, TILE, CHANNELS], SHARED)
     b_none = gl.zeros_like(b_bias)
-    decays = gl.allocate_shared_memory(gl.float32, [TILES, CHANNELS], _VECTOR)
-    outs = gl.allocate_shared_memory(gl.float32, [TILES, CHANNELS], _VECTOR)
+    decays = gl.allocate_shared_memory(gl.float32, [BLOCKS, CHANNELS], _VECTOR)
+    outs = gl.allocate_shared_memory(gl.float32, [BLOCKS, CHANNELS], _VECTOR)
     b_rest = gl.zeros([CHANNELS], gl.float32, _CHANNEL)
-    for i in range(TILES):
-        i_b = TILES - 1 - i
+    for i in range(BLOCKS):
+        i_b = BLOCKS - 1 - i
         m_t = o_i + i_b * TILE < left
         _, b_g = gates_at(g_tiles.index(i_b), b_bias, rate, lower_bound, m_t, GATE)
-        b_k = side(k_tiles.index(i_b)) * tokens_of(norms.index(TILES + i_b))
+        b_k = side(k_tiles.index(i_b)) * tokens_of(norms.index(BLOCKS + i_b))
         b_end, b_end32 = narrow(
             b_k * weight_of(sums(b_g, mask.permute((1, 0)).load(_RIGHT), zero), FORGETS)
         )
@@ -325,7 +299,7 @@ def hopper_gradients_kernel(
     async_copy.wait_group(0)
     if FAR:
         if far:
-            for r in gl.static_range(TILES // 2):
+            for r in gl.static_range(BLOCKS // 2):
                 if r_near[2 * r] + r_near[2 * r + 1] < 2 * TILE:
                     through_pairs(
                         room, q_tiles, k_tiles, dm_blocks, da_blocks, norms, owns, scale,
@@ -335,11 +309,11 @@ def hopper_gradients_kernel(
     b_dbias = b_drate
     # what gates gain between the state or a key before their block, and rows behind it
     r_flow = (b_none, b_none, b_none, b_none)
-    for a in gl.static_range(TILES - 1, -1, -1):
+    for a in gl.static_range(BLOCKS - 1, -1, -1):
         m_t = o_i + a * TILE < left
         b_x, b_g = gates_at(g_tiles.index(a), b_bias, rate, lower_bound, m_t, GATE)
         b_q = side(q_tiles.index(a)) * (tokens_of(norms.index(a)) * scale)
-        b_k = side(k_tiles.index(a)) * tokens_of(norms.index(TILES + a))
+        b_k = side(k_tiles.index(a)) * tokens_of(norms.index(BLOCKS + a))
         b_prefix = sums(b_g, mask.load(_RIGHT), b_g)
         b_up = weight_of(b_prefix, FORGETS)
         b_qd, b_qd32 = narrow(b_q * b_up)
@@ -364,7 +338,7 @@ def hopper_gradients_kernel(
             r_flow = replaced(r_flow, b, r_flow[b] + r_own[b])
         # keys, for rows of the blocks behind and the chunk's end
         b_gain = side(out_tiles.index(a))
-        for c in gl.static_range(TILES - 1, a, -1):
+        for c in gl.static_range(BLOCKS - 1, a, -1):
             b_gain *= channels_of(decays.index(c))
             b_gain = mma_v2(left_side(q_tiles.index(c)), pairs_of(dm_blocks, c, a)[0], b_gain)
             b_gain = mma_v2(left_side(k_tiles.index(c)), pairs_of(da_blocks, c, a)[0], b_gain)
@@ -401,10 +375,10 @@ def hopper_gradients_kernel(
         )
         if dq is not None:
             b_dq *= tokens_of(norms.index(a)) * scale
-            b_dk *= tokens_of(norms.index(TILES + a))
+            b_dk *= tokens_of(norms.index(BLOCKS + a))
         if radial is not None:
             b_dq -= side(q_tiles.index(a)) * tokens_of(radials.index(a))
-            b_dk -= side(k_tiles.index(a)) * tokens_of(radials.index(TILES + a))
+            b_dk -= side(k_tiles.index(a)) * tokens_of(radials.index(BLOCKS + a))
         # rows for keys before them, in place of what they were made of
         put_side(q_tiles.index(a), b_qd)
         put_side(k_tiles.index(a), b_kd)
@@ -414,7 +388,7 @@ def hopper_gradients_kernel(
         b_drate += part_of(b_share)
         b_dbias += part_of(b_dx)
     if dA_log is not None:
-        gl.store(dA_log + place * BLOCKS + i_block, gl.sum(gl.sum(b_drate, 1), 0))
+        gl.store(dA_log + place * PARTS + i_block, gl.sum(gl.sum(b_drate, 1), 0))
     if ddt_bias is not None:
         b_dbias = gl.convert_layout(gl.sum(b_dbias, 1), _CHANNEL)
         gl.store(ddt_bias + place * K + channel, b_dbias)

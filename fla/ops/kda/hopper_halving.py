@@ -14,8 +14,8 @@ from fla.ops.common.hopper import along
 from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
 from fla.ops.kda.halving import TILE, load_rate, replaced, weight_of
-from fla.ops.kda.hopper_gradients import as_mask, narrow, wide
-from fla.ops.kda.hopper_intra import BLOCKS, C, decays_of
+from fla.ops.kda.hopper_intra import decays_of
+from fla.ops.kda.hopper_tiles import BLOCKS, C, as_mask, narrow, wide
 from fla.ops.kda.slots import locate
 
 LEVELS = gl.constexpr(4)

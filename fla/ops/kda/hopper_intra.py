@@ -29,10 +29,9 @@ from fla.ops.kda.activations import (
     decay_of,
 )
 from fla.ops.kda.halving import ROOM, TILE, joined, load_rate, parts, weight_of
+from fla.ops.kda.hopper_tiles import BLOCKS, C
 from fla.ops.kda.slots import locate
 
-C = gl.constexpr(64)
-BLOCKS = gl.constexpr(4)
 # Two −∞ of bf16
 PAIR_OF_INFINITIES = gl.constexpr(-0x7F0080)
 # What a thread may have, that two programs of eight warps, or four of four, run side by side
@@ -53,7 +52,7 @@ def halves(b_x):
 
 
 @gluon.jit
-def wide(b_x, LAYOUT: gl.constexpr):
+def unpacked(b_x, LAYOUT: gl.constexpr):
     """Pairs of bf16 [4, K / 2] as fp32 [4, K]."""
     b_low, b_high = halves(b_x)
     b_x = gl.join(b_low, b_high).reshape([BLOCKS, b_x.shape[1] * 2])
@@ -262,7 +261,7 @@ def hopper_intra_kernel(
     r_decay = ()
     b_total = gl.zeros([BLOCKS, K], gl.float32, ROW)
     for t in gl.static_range(TILE):
-        b_x = r_x[t].to(gl.float32) if r_x[t].dtype != gl.int32 else wide(r_x[t], ROW)
+        b_x = r_x[t].to(gl.float32) if r_x[t].dtype != gl.int32 else unpacked(r_x[t], ROW)
         b_x = decays_of(b_x, b_bias, rate, lower_bound, GATE)
         r_decay += (b_x,)
         b_total += b_x
@@ -294,7 +293,7 @@ def hopper_intra_kernel(
     r_2 = ()
     r_k = rows_at(k_words, k_lengths, ROW)
     for t in gl.static_range(TILE - 1, -1, -1):
-        b_x = wide(r_k[t][0], ROW) * r_k[t][1][:, None] * weight_of(b_sum, FORGETS)
+        b_x = unpacked(r_k[t][0], ROW) * r_k[t][1][:, None] * weight_of(b_sum, FORGETS)
         gl.store(k_out + p_out + t * K, (b_x * b_behind).to(dtype))
         b_sum += r_decay[t]
         if pairs is not None:
@@ -320,12 +319,12 @@ def hopper_intra_kernel(
         b_largest = -b_sum if FORGETS else gl.maximum(b_largest, gl.abs(b_sum))
         b_near += gl.where(b_largest <= ROOM, 1.0, 0.0)
         b_w = weight_of(b_sum, FORGETS)
-        b_k = wide(r_k[t][0], ROW) * r_k[t][1][:, None]
+        b_k = unpacked(r_k[t][0], ROW) * r_k[t][1][:, None]
         b_x = b_k * b_w
         gl.store(k_in + p_out + t * K, (b_x * b_before).to(dtype))
         r_x += (b_x.to(dtype),)
         r_1 += ((b_k * weight_of(-b_sum, FORGETS)).to(dtype),)
-        b_x = wide(r_q[t][0], ROW) * r_q[t][1][:, None] * b_w
+        b_x = unpacked(r_q[t][0], ROW) * r_q[t][1][:, None] * b_w
         gl.store(q_in + p_out + t * K, (b_x * b_before).to(dtype))
         r_2 += (b_x.to(dtype),)
     if pairs is not None:

@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fla.ops.kda.halving import TILE, joined, parts
+from fla.ops.kda.hopper_tiles import SHARED
 from fla.ops.kda.triton import GRADIENTS
 
 # Two blocks of 16 tokens are at work at once, so that a chunk of 64 takes two rounds.
@@ -22,7 +23,6 @@ LARGEST = gl.constexpr(2.0**120)
 _OWN = gl.constexpr(gl.BlockedLayout([1, 16], [32, 1], [2, 2], [0, 1]))
 _ROW = gl.constexpr(gl.SliceLayout(0, _OWN))
 _MATRIX = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
-_TILES = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
 _STEPS = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
 _PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 _VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -35,8 +35,8 @@ def rooms():
     Steps, decays over one token each, lie where dq and dk of their blocks come to lie, and matrices
     in fp32 where the gradients of log-decays do.
     """
-    gains = gl.allocate_shared_memory(gl.bfloat16, [2 * ROUNDS, TOKENS, CHANNELS], _TILES)
-    flow = gl.allocate_shared_memory(gl.bfloat16, [ROUNDS, TOKENS, CHANNELS], _TILES)
+    gains = gl.allocate_shared_memory(gl.bfloat16, [2 * ROUNDS, TOKENS, CHANNELS], SHARED)
+    flow = gl.allocate_shared_memory(gl.bfloat16, [ROUNDS, TOKENS, CHANNELS], SHARED)
     steps = gains._reinterpret(gl.float32, [ROUNDS, TOKENS, CHANNELS], _STEPS)
     matrices = flow._reinterpret(gl.float32, [2 * ROUNDS, TILE, TOKENS], _PLAIN)
     return gains, flow, steps, matrices
@@ -52,8 +52,8 @@ def put_step(room, a, b_step):
 @gluon.jit
 def gains_at(room, a: gl.constexpr):
     """dq, dk and the gradients of log-decays of block a, [TILE, CHANNELS] each."""
-    gains = room[0]._reinterpret(gl.bfloat16, [4 * ROUNDS, TILE, CHANNELS], _TILES)
-    flow = room[1]._reinterpret(gl.bfloat16, [2 * ROUNDS, TILE, CHANNELS], _TILES)
+    gains = room[0]._reinterpret(gl.bfloat16, [4 * ROUNDS, TILE, CHANNELS], SHARED)
+    flow = room[1]._reinterpret(gl.bfloat16, [2 * ROUNDS, TILE, CHANNELS], SHARED)
     first: gl.constexpr = a // 2 * 4 + a % 2
     return gains.index(first), gains.index(first + 2), flow.index(a)
 
@@ -61,7 +61,7 @@ def gains_at(room, a: gl.constexpr):
 @gluon.jit
 def tokens_at(tiles, i):
     """The tokens of round i on their side, [CHANNELS, TOKENS] in fp32."""
-    tiles = tiles._reinterpret(tiles.dtype, [ROUNDS, TOKENS, CHANNELS], _TILES)
+    tiles = tiles._reinterpret(tiles.dtype, [ROUNDS, TOKENS, CHANNELS], SHARED)
     return tiles.index(i).permute((1, 0)).load(_OWN).to(gl.float32)
 
 

@@ -32,7 +32,7 @@ from fla.ops.kda.hopper_blocks import (
     new_memory,
     segment_of,
     state_at,
-    wide,
+    state_layout,
 )
 from fla.ops.kda.slots import rows_and_slots
 
@@ -96,7 +96,7 @@ def advance(
     """
     OUT: gl.constexpr = o_desc is not None
     DTYPE: gl.constexpr = memory.k_in.dtype
-    LAYOUT: gl.constexpr = wide(memory.k_in.shape[4])
+    LAYOUT: gl.constexpr = state_layout(memory.k_in.shape[4])
     first = memory.group(0, memory.k_in)
     second = memory.group(1, memory.solver)
     third = memory.group(2, memory.k_out)
@@ -164,7 +164,7 @@ def retreat(
     What it writes stands ``size`` rows behind what ``advance`` does.
     """
     DTYPE: gl.constexpr = memory.k_in.dtype
-    LAYOUT: gl.constexpr = wide(memory.k_in.shape[4])
+    LAYOUT: gl.constexpr = state_layout(memory.k_in.shape[4])
     first = memory.group(0, memory.k_out)
     second = memory.group(1, memory.solver)
     third = memory.group(2, memory.k_in)
@@ -208,9 +208,9 @@ def retreat(
 @gluon.jit
 def enter(state, STRIDES: gl.constexpr, at, o_v, BK: gl.constexpr):
     """The state [BV, BK] that a segment starts from."""
-    b_s = gl.zeros([BV, BK], gl.float32, wide(BK))
+    b_s = gl.zeros([BV, BK], gl.float32, state_layout(BK))
     if state is not None:
-        p = state + state_at(STRIDES, at.unit, at.i_hv, o_v, wide(BK), BK)
+        p = state + state_at(STRIDES, at.unit, at.i_hv, o_v, state_layout(BK), BK)
         b_s = gl.load(p, mask=at.real).to(gl.float32)
     return b_s
 
@@ -220,7 +220,7 @@ def leave(state, b_s, STRIDES: gl.constexpr, row, ends, at, o_v):
     """Write the state that a segment ends with, if it is to be."""
     if state is not None:
         BK: gl.constexpr = b_s.shape[1]
-        p = state + state_at(STRIDES, row, at.i_hv, o_v, wide(BK), BK)
+        p = state + state_at(STRIDES, row, at.i_hv, o_v, state_layout(BK), BK)
         gl.store(p, b_s.to(state.dtype.element_ty), mask=ends)
 
 

@@ -13,7 +13,7 @@ from fla.ops.common.hopper import along
 from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
 from fla.ops.kda.activations import beta_backward
-from fla.ops.kda.hopper_gradients import C
+from fla.ops.kda.hopper_tiles import C, copied, in_lines, lines
 from fla.ops.kda.slots import locate
 from fla.ops.kda.triton import Call
 
@@ -26,33 +26,16 @@ _ACC = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 2], [16, 8]))
 _LEFT = gl.constexpr(gl.DotOperandLayout(0, _ACC, 2))
 _RIGHT = gl.constexpr(gl.DotOperandLayout(1, _ACC, 2))
 _ROW = gl.constexpr(gl.SliceLayout(1, _ACC))
-_LINES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
+_LINES = gl.constexpr(in_lines(WARPS))
 _LINE = gl.constexpr(gl.SliceLayout(1, _LINES))
 _ALONG = gl.constexpr(gl.SliceLayout(0, _LINES))
-_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-
-
-@gluon.jit
-def lines(ROWS: gl.constexpr, COLUMNS: gl.constexpr, stride):
-    """Where the elements of a tile lie."""
-    o_r = gl.expand_dims(gl.arange(0, ROWS, _LINE), 1)
-    return o_r * stride + gl.expand_dims(gl.arange(0, COLUMNS, _ALONG), 0)
-
-
-@gluon.jit
-def copied(p, ROWS: gl.constexpr, COLUMNS: gl.constexpr, stride, left):
-    """A tile on its way to shared memory; zeros from row ``left`` on."""
-    tile = gl.allocate_shared_memory(p.dtype.element_ty, [ROWS, COLUMNS], _SHARED)
-    m = gl.expand_dims(gl.arange(0, ROWS, _LINE), 1) < left
-    async_copy.async_copy_global_to_shared(tile, p + lines(ROWS, COLUMNS, stride), m)
-    return tile
 
 
 @gluon.jit
 def put(p, x, COLUMNS: gl.constexpr):
     """Store an accumulator [C, COLUMNS] in lines, by way of shared memory, and return these."""
     x = gl.convert_layout(x.to(p.dtype.element_ty), _LINES)
-    gl.store(p + lines(C, COLUMNS, COLUMNS), x)
+    gl.store(p + lines(C, COLUMNS, COLUMNS)[0], x)
     return x
 
 
@@ -86,7 +69,7 @@ def hopper_states_kernel(
     place = i_slot.to(gl.int64) * HV + i_hv
     o_line = gl.arange(0, C, _LINE)
     m_line = gl.expand_dims(o_line < left, 1)
-    p_dv = dv + (token * HV + i_hv) * V + lines(C, V, HV * V)
+    p_dv = dv + (token * HV + i_hv) * V + lines(C, V, HV * V)[0]
     o_c = gl.arange(0, C, _ROW)
     p_dbeta = dbeta + (token + o_line) * HV + i_hv
     if i_c * C >= live:  # padding has no gradient
@@ -112,7 +95,7 @@ def hopper_states_kernel(
     p_pairs = place * (C * C) + o_row * C + o_column
     if radial is not None:
         radial += place * (2 * C) + o_line
-        b_v = gl.load(v + (token * HV + i_hv) * V + lines(C, V, HV * V), m_line, 0)
+        b_v = gl.load(v + (token * HV + i_hv) * V + lines(C, V, HV * V)[0], m_line, 0)
         b_m = gl.load(queries + p_pairs)
 
     async_copy.wait_group(2)
