@@ -272,7 +272,8 @@ def constexpr(x: Any) -> Any:
 
 
 def minimum(a: Any, b: Any) -> Value:
-    return Value(torch.minimum(*_alike(a, b)))
+    """Of NaN and a number the number."""
+    return Value(torch.fmin(*_alike(a, b)))
 
 
 def maximum(a: Any, b: Any) -> Value:
@@ -292,7 +293,8 @@ def where(m: Any, a: Any, b: Any) -> Value:
 def allocate_shared_memory(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
     if layout == "barriers":
         return Barriers(shape)
-    return Shared(torch.full([int(size) for size in shape], torch.nan, dtype=dtype))
+    unset = torch.nan if dtype.is_floating_point else -1
+    return Shared(torch.full([int(size) for size in shape], unset, dtype=dtype))
 
 
 _LAYOUTS = (

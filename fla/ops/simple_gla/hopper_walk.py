@@ -23,18 +23,19 @@ from fla.ops.common.hopper import (
     descriptor,
     new_ring,
     new_tiles,
+    vectors,
     wait_before,
 )
 from fla.ops.common.kernels import cdiv
 from fla.ops.common.launch import launch
 from fla.ops.simple_gla.blocks import LOG2E, Call
 from fla.ops.simple_gla.hopper_blocks import (
+    VECTOR,
     C,
-    chunk_ahead,
-    chunk_at,
     leading,
     power,
     rounded,
+    scalar,
     sequences_in,
     sum_of,
     sums_at,
@@ -47,11 +48,16 @@ COPY_REGISTERS = gl.constexpr(32)
 BZ = gl.constexpr(64)
 # Chunks that the pairs may be ahead of the output
 AHEAD = gl.constexpr(2)
+# Marks of a chunk: one more follows; it is the last of its sequence here; that one begins, or ends,
+# here
+MORE = gl.constexpr(1)
+LAST = gl.constexpr(2)
+OPENS = gl.constexpr(4)
+CLOSES = gl.constexpr(8)
 # Columns of a chunk that shared memory holds beside two tiles each of pairs, u and the output
 _COLUMNS = 1400
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _COLUMN = gl.constexpr(gl.SliceLayout(0, _ACC))
-_VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -66,47 +72,65 @@ def clear(tile, there, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def produce(
-    x_desc, y_desc, z_desc, b_desc, x_ring, y_ring, z_ring, b_ring, cu_seqlens,
-    i_b, i_h, i_z, first, last, N, T, begin, stop, BACK: gl.constexpr,
+    x_desc, y_desc, z_desc, b_desc, sums_desc, x_ring, y_ring, z_ring, b_ring, sums, places,
+    cu_seqlens, i_b, i_h, i_z, line, first, last, N, T, begin, stop, BACK: gl.constexpr,
 ):  # fmt: skip
-    """Copy the tiles of each chunk in the order of the walk; those of x bring the others along."""
-    MORE: gl.constexpr = (
+    """Copy the tiles of each chunk in the order of the walk; those of x bring the others along.
+
+    And say where the chunk lies: its first token, how many it has, its marks, its sequence.
+    """
+    WITH_X: gl.constexpr = (
         y_desc.block_type.nbytes
         + z_desc.block_type.nbytes
         + (0 if b_desc is None else b_desc.block_type.nbytes)
+        + (0 if sums_desc is None else sums_desc.block_type.nbytes)
     )
+    o_p = gl.arange(0, 4, gl.BlockedLayout([1], [32], [1], [0]))
     n = 0
-    for i_n in range(first, gl.minimum(last, N)):
-        here = visit(cu_seqlens, i_n, N, T, begin, stop)
-        for i in range(here[3]):
-            token, _ = chunk_at(i, here, BACK)
+    for i_n in range(first, last):
+        bos, length, chunks, at, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
+        head = bos >= begin
+        tail = at + steps == chunks
+        opens = tail if BACK else head
+        closes = head if BACK else tail
+        for i in range(steps):
+            c = at + (steps - 1 - i if BACK else i)
+            token = bos + c * C
+            marks = gl.where((i_n + 1 < last) | (i + 1 < steps), MORE, 0)
+            marks += gl.where(i + 1 == steps, LAST, 0)
+            marks += gl.where(opens, OPENS, 0) + gl.where(closes, CLOSES, 0)
+            b_p = gl.where(o_p == 0, token, gl.minimum(length - c * C, C))
+            b_p = gl.where(o_p == 2, marks, gl.where(o_p == 3, i_n, b_p))
+            wait_before(x_ring.empty, n)
+            places.index(n % places.shape[0]).store(b_p.to(gl.int32))
+            gl.thread_barrier()
             wide = [i_b, token, i_h, 0]
             block = [i_b, token, i_h, i_z * BZ]
-            x_ring.fill(x_desc, wide, n, MORE)
+            x_ring.fill(x_desc, wide, n, WITH_X)
             x_ring.join(y_desc, wide, n, y_ring.tiles)
             x_ring.join(z_desc, block, n, z_ring.tiles)
             if b_desc is not None:
                 x_ring.join(b_desc, block, n, b_ring.tiles)
+            if sums_desc is not None:
+                x_ring.join(sums_desc, [line * T + token], n, sums)
             n += 1
 
 
 @gluon.jit
-def three_sums(sums, gamma, at, REVERSE: gl.constexpr, PAIRS: gl.constexpr, FLAT: gl.constexpr):
-    """``sums_at`` along rows and columns of pairs, and along rows of tiles."""
-    b_i, s_all = sums_at(sums, gamma, at[0], at[1], REVERSE, gl.SliceLayout(1, PAIRS))
-    b_j, s_all = sums_at(sums, gamma, at[0], at[1], REVERSE, gl.SliceLayout(0, PAIRS))
-    b_k, s_all = sums_at(sums, gamma, at[0], at[1], REVERSE, gl.SliceLayout(1, FLAT))
-    return b_i, b_j, b_k, s_all
+def place_of(places, n, WHAT: gl.constexpr):
+    """What ``produce`` says of chunk n."""
+    return scalar(places.index(n % places.shape[0]).slice(WHAT, 1))
 
 
 @gluon.jit
 def weigh(
-    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, gamma, cu_seqlens, first, last,
-    N, T, begin, stop, REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr,
+    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, places, gamma, more,
+    REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """A chunk's pairs a = w (x·y); u, its z as they are added to the state; weights of x.
 
-    Where a sequence ends inside a chunk, y and z are cleared before anybody else looks at them.
+    Where a sequence ends inside a chunk, y and z are cleared before anybody else looks at them;
+    weights of tokens that are not there may be any number.
     """
     BACK: gl.constexpr = REVERSE != GRADIENT
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -121,68 +145,53 @@ def weigh(
         m = o_i >= o_j
     b_most = gl.where(m, 127.0, float("-inf"))  # as in ``power``
     n = 0
-    if GATED:
-        here = visit(cu_seqlens, first, N, T, begin, stop)
-        at = chunk_ahead(0, here, here, cu_seqlens, BACK)
-        b_i, b_j, b_k, s_all = three_sums(sums, gamma, at, REVERSE, PAIRS, FLAT)
-    for i_n in range(first, gl.minimum(last, N)):
-        if GATED:
-            after = visit(cu_seqlens, i_n + 1, N, T, begin, stop)
-        else:
-            here = visit(cu_seqlens, i_n, N, T, begin, stop)
-        for i in range(here[3]):
-            x_ring.wait(n)
-            if cu_seqlens is not None:
-                _, there = chunk_at(i, here, BACK)
-                if there < C:
-                    clear(y_ring.tile(n), there, FLAT)
-                    clear(z_ring.tile(n), there, FLAT)
-                    fence_async_shared()
-                    gl.thread_barrier()
-            b_0 = gl.zeros([C, C], gl.float32, PAIRS)
-            b_a = warpgroup_mma(
-                x_ring.tile(n), y_ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True
-            )
-            if GATED:
-                b_w = b_i[:, None] - b_j[None, :]
-                if GRADIENT:
-                    b_w = -b_w
-                b_w = gl.exp2(gl.minimum(b_w, b_most))
-                b_p = power(b_k if GRADIENT else s_all - b_k)
-                b_q = power(s_all - b_i if GRADIENT else b_i)
-                # the next chunk's, which arrive while this one is at work
-                at = chunk_ahead(i + 1, here, after, cu_seqlens, BACK)
-                b_i, b_j, b_k, s_all = three_sums(sums, gamma, at, REVERSE, PAIRS, FLAT)
-            wait_before(a_ring.empty, n)
-            if GATED:
-                q_tiles.index(n % AHEAD).store(b_q)
-                b_z = z_ring.tile(n).load(FLAT)
-                b_u = b_z.to(gl.float32) * b_p[:, None]
-                u_tiles.index(n % AHEAD).reshape([C, BZ]).store(b_u.to(b_z.dtype))
-                b_a = warpgroup_mma_wait(0, deps=(b_a,))
-                b_a = b_a * b_w
-            else:
-                b_a = warpgroup_mma_wait(0, deps=(b_a,))
-                b_a = gl.where(m, b_a, 0.0)
-            a_ring.tile(n).store(b_a.to(a_ring.tiles.dtype))
+    while more:
+        x_ring.wait(n)
+        there = place_of(places, n, 1)
+        if there < C:
+            clear(y_ring.tile(n), there, FLAT)
+            clear(z_ring.tile(n), there, FLAT)
             fence_async_shared()
             gl.thread_barrier()
-            arrive(a_ring.ready, n)
-            arrive(x_ring.empty, n)
-            n += 1
+        b_0 = gl.zeros([C, C], gl.float32, PAIRS)
+        b_a = warpgroup_mma(
+            x_ring.tile(n), y_ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True
+        )
         if GATED:
-            if cu_seqlens is not None:
-                if here[3] == 0:
-                    at = chunk_ahead(0, after, after, cu_seqlens, BACK)
-                    b_i, b_j, b_k, s_all = three_sums(sums, gamma, at, REVERSE, PAIRS, FLAT)
-            here = after
+            b_i = sums_at(sums, gamma, n, there, REVERSE, ROW)
+            b_w = b_i[:, None] - sums_at(sums, gamma, n, there, REVERSE, COLUMN)[None, :]
+            if GRADIENT:
+                b_w = -b_w
+            b_w = gl.exp2(gl.minimum(b_w, b_most))
+            b_k = sums_at(sums, gamma, n, there, REVERSE, gl.SliceLayout(1, FLAT))
+            s_all = sum_of(sums, gamma, n, there, REVERSE)
+            b_p = power(b_k if GRADIENT else s_all - b_k)
+            b_q = power(s_all - b_i if GRADIENT else b_i)
+        more = (place_of(places, n, 2) & MORE) != 0
+        wait_before(a_ring.empty, n)
+        if GATED:
+            q_tiles.index(n % AHEAD).store(b_q)
+            b_z = z_ring.tile(n).load(FLAT)
+            b_u = b_z.to(gl.float32) * b_p[:, None]
+            u_tiles.index(n % AHEAD).reshape([C, BZ]).store(b_u.to(b_z.dtype))
+            b_a = warpgroup_mma_wait(0, deps=(b_a,))
+            b_a = b_a * b_w
+        else:
+            b_a = warpgroup_mma_wait(0, deps=(b_a,))
+            b_a = gl.where(m, b_a, 0.0)
+        a_ring.tile(n).store(b_a.to(a_ring.tiles.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        arrive(a_ring.ready, n)
+        arrive(x_ring.empty, n)
+        n += 1
 
 
 @gluon.jit
 def carry_on(
     o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles, o_tiles, sums,
-    gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z, first, last, N, T, begin, stop,
-    H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
+    places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z, more, behind, N, T, begin,
+    stop, H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
     GRADIENT: gl.constexpr, TURNED: gl.constexpr, V_FIRST: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Carry the state from chunk to chunk, and put out = scale (w (x·S) + a z), and rows.
@@ -194,7 +203,6 @@ def carry_on(
     once through either walk's state.  Both have a key, or a query, with its weight and rounded: so
     has each row here, and what is rounded alike leaves nothing between them.
     """
-    BACK: gl.constexpr = REVERSE != GRADIENT
     SPLIT: gl.constexpr = rows is not None  # what bf16 leaves of the state is another operand
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128 if X > 128 else X, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, _ACC, 2)
@@ -209,31 +217,23 @@ def carry_on(
     p_o = i_h * Z + i_z * BZ + o_c[:, None] * (H * Z) + o_o[None, :]  # [C, BZ]
     s_held = scale if GRADIENT else 1.0
     n = 0
-    if GATED:
-        here = visit(cu_seqlens, first, N, T, begin, stop)
-        token, there = chunk_ahead(0, here, here, cu_seqlens, BACK)
-        s_next = sum_of(sums, gamma, token, there, REVERSE)
-    for i_n in range(first, gl.minimum(last, N)):
-        if GATED:
-            after = visit(cu_seqlens, i_n + 1, N, T, begin, stop)
-        else:
-            here = visit(cu_seqlens, i_n, N, T, begin, stop)
-        bos, length, at, steps = here
-        count = gl.cdiv(length, C)
-        head = bos >= begin
-        tail = (at + steps == count) & ((at < count) | (length == 0))
-        opens = tail if BACK else head
-        closes = head if BACK else tail
-        place = (i_n * H + i_h).to(gl.int64) * (X * Z)
+    while more:
+        x_ring.wait(n)
+        marks = place_of(places, n, 2)
+        place = (place_of(places, n, 3) * H + i_h).to(gl.int64) * (X * Z)
+        opens = (marks & OPENS) != 0
         b_s = gl.zeros([BZ, X], gl.float32, STATE)
         if start is not None:
             b_start = gl.load(start + place + p_state, mask=opens & (o_x < X), other=0.0)
             b_s += b_start.to(gl.float32) / s_held
         if carry is not None:
             b_s += gl.load(carry + p_kv, mask=(opens == 0) & (o_x < X), other=0.0)
-        for i in range(steps):
-            token, there = chunk_at(i, here, BACK)
+        within = n >= 0
+        while within:
             x_ring.wait(n)
+            token = place_of(places, n, 0)
+            there = place_of(places, n, 1)
+            marks = place_of(places, n, 2)
             turned = x_ring.tile(n).permute((1, 0))
             b_h = leading(b_s) if SPLIT else b_s
             b_o = gl.zeros([BZ, C], gl.float32, _ACC)
@@ -244,12 +244,11 @@ def carry_on(
             if SPLIT:
                 b_l = gl.convert_layout((b_s - b_h).to(o_desc.dtype), LEFT)
                 b_o = warpgroup_mma(b_l, turned, b_o, is_async=True)
+            if GATED:
+                b_s = b_s * power(sum_of(sums, gamma, n, there, REVERSE))
             a_ring.wait(n)
             if GATED:
                 b_q = q_tiles.index(n % AHEAD).load(_COLUMN)
-                b_s = b_s * power(s_next)
-                t_next, n_next = chunk_ahead(i + 1, here, after, cu_seqlens, BACK)
-                s_next = sum_of(sums, gamma, t_next, n_next, REVERSE)
             if SPLIT:
                 # beside, as the other walk's state holds it
                 b_b = b_ring.tile(n).permute((1, 0)).load(_ACC).to(gl.float32)
@@ -283,37 +282,31 @@ def carry_on(
             gl.thread_barrier()
             arrive(x_ring.empty, n)
             arrive(a_ring.empty, n)
-            if there == C or cu_seqlens is None:
+            if there == C:
                 tile = o_tiles.index(n % 2)
                 tma.async_copy_shared_to_global(o_desc, [i_b, token, i_h, i_z * BZ], tile)
             else:
                 p = out + token.to(gl.int64) * (H * Z) + p_o
                 gl.store(p, o_tile.load(FLAT), mask=(o_c < there)[:, None])
+            within = (marks & LAST) == 0
             n += 1
         if end is not None:
             b_e = (b_s * s_held).to(end.dtype.element_ty)
-            gl.store(end + place + p_state, b_e, mask=closes & (o_x < X))
-        if GATED:
-            if cu_seqlens is not None:
-                if steps == 0:
-                    token, there = chunk_ahead(0, after, after, cu_seqlens, BACK)
-                    s_next = sum_of(sums, gamma, token, there, REVERSE)
-            here = after
-    if cu_seqlens is not None:
-        if last > N:  # behind the last sequence
-            behind = visit(cu_seqlens, N, N, T, begin, stop)
-            for i in range(behind[3]):
-                token, there = chunk_at(i, behind, False)
-                p = out + token.to(gl.int64) * (H * Z) + p_o
-                b_0 = gl.zeros([C, BZ], o_desc.dtype, FLAT)
-                gl.store(p, b_0, mask=(o_c < there)[:, None])
+            gl.store(end + place + p_state, b_e, mask=((marks & CLOSES) != 0) & (o_x < X))
+        more = (marks & MORE) != 0
+    if behind:  # the last sequence
+        bos, length, _, at, steps = visit(cu_seqlens, N, N, T, begin, stop)
+        for c in range(at, at + steps):
+            p = out + (bos + c * C).to(gl.int64) * (H * Z) + p_o
+            b_0 = gl.zeros([C, BZ], o_desc.dtype, FLAT)
+            gl.store(p, b_0, mask=(o_c < length - c * C)[:, None])
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["scale", "N", "T", "segment", "segments"])
 def hopper_walk_kernel(
-    out, rows, sums, g_gamma, start, carry, end, cu_seqlens, x_desc, y_desc, z_desc, b_desc,
-    o_desc, scale, N, T, segment, segments,
+    out, rows, g_gamma, start, carry, end, cu_seqlens, x_desc, y_desc, z_desc, b_desc, o_desc,
+    sums_desc, scale, N, T, segment, segments,
     H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
     GRADIENT: gl.constexpr, TURNED: gl.constexpr, V_FIRST: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -324,21 +317,24 @@ def hopper_walk_kernel(
     enters in ``carry`` [segments, H, K V + K].
     """
     NZ: gl.constexpr = Z // BZ
-    GATED: gl.constexpr = (sums is not None) or (g_gamma is not None)
+    GATED: gl.constexpr = (sums_desc is not None) or (g_gamma is not None)
     i_z = gl.program_id(0) % NZ
     i_h = gl.program_id(0) // NZ % H
     unit = gl.program_id(0) // (NZ * H)
     i_b = unit // segments
     begin = unit % segments * segment
-    stop = gl.minimum(begin + segment, T)
+    stop = begin + segment
+    stop = gl.where(stop < T, stop, T + 1)  # empty sequences at the very end too
     first, last = sequences_in(cu_seqlens, i_b, N, T, begin, stop)
+    behind = last > N
+    last = gl.minimum(last, N)
+    more = first < last
     gamma = 0.0
     if g_gamma is not None:
         gamma = gl.load(g_gamma + i_h).to(gl.float32) * LOG2E
     rows_of_tokens = gl.num_programs(0) // (NZ * H * segments)
     line = i_h * rows_of_tokens + i_b
-    if sums is not None:
-        sums += line.to(gl.int64) * T
+    out += i_b.to(gl.int64) * T * (H * Z)
     if rows is not None:
         rows += (i_z * H * rows_of_tokens + line).to(gl.int64) * T
     if carry is not None:
@@ -354,9 +350,13 @@ def hopper_walk_kernel(
     u_tiles = a_ring.tiles
     q_tiles = a_ring.tiles
     b_ring = z_ring
+    sums = None
+    places = gl.allocate_shared_memory(gl.int32, [STAGES, 4], VECTOR)
     if GATED:
         u_tiles = new_tiles(o_desc, AHEAD)
-        q_tiles = gl.allocate_shared_memory(gl.float32, [AHEAD, C], _VECTOR)
+        q_tiles = gl.allocate_shared_memory(gl.float32, [AHEAD, C], VECTOR)
+    if sums_desc is not None:
+        sums = new_tiles(sums_desc, STAGES)
     if rows is not None:
         b_ring = Ring(new_tiles(b_desc, STAGES), x_ring.ready, x_ring.empty)
     fence_async_shared()
@@ -366,23 +366,24 @@ def hopper_walk_kernel(
                 carry_on,
                 (
                     o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles,
-                    o_tiles, sums, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z,
-                    first, last, N, T, begin, stop,
+                    o_tiles, sums, places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h,
+                    i_z, more, behind, N, T, begin, stop,
                     H, X, Z, REVERSE, GRADIENT, TURNED, V_FIRST, GATED,
                 ),
             ),
             (
                 weigh,
                 (
-                    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, gamma, cu_seqlens,
-                    first, last, N, T, begin, stop, REVERSE, GRADIENT, GATED,
+                    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, places, gamma, more,
+                    REVERSE, GRADIENT, GATED,
                 ),
             ),
             (
                 produce,
                 (
-                    x_desc, y_desc, z_desc, b_desc, x_ring, y_ring, z_ring, b_ring, cu_seqlens,
-                    i_b, i_h, i_z, first, last, N, T, begin, stop, REVERSE != GRADIENT,
+                    x_desc, y_desc, z_desc, b_desc, sums_desc, x_ring, y_ring, z_ring, b_ring, sums,
+                    places, cu_seqlens, i_b, i_h, i_z, line, first, last, N, T, begin, stop,
+                    REVERSE != GRADIENT,
                 ),
             ),
         ],
@@ -405,12 +406,13 @@ def run_walk(
         rows = z.new_empty(Z // block, H, call.tokens, dtype=torch.float32)
     tiles = (x, X), (y, X), (z, block), (beside, block), (out, block)
     descriptors = [None if t is None else descriptor(t, C.value, size) for t, size in tiles]
+    descriptors.append(None if sums is None else vectors(sums, C.value))
     segments = cdiv(T, segment) if segment else 1
     launch(
         hopper_walk_kernel,
         B * segments * H * (Z // block),
-        (out, rows, sums, g_gamma, starts[0], carry, ends[0], cu_seqlens),
-        (*descriptors, scale, call.N, T, segment or cdiv(T, C.value) * C.value, segments),
+        (out, rows, g_gamma, starts[0], carry, ends[0], cu_seqlens),
+        (*descriptors, scale, call.N, T, segment or T, segments),
         {
             "H": H,
             "X": X,
