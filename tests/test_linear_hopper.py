@@ -56,7 +56,7 @@ bounds = torch.tensor([0, 70, 150, 230])
 options = engine.Options(1.0)
 with mock.patch.object(stages, "SMALLEST", 1):
     expected = stages.forward(q, k, v, g, None, None, None, bounds, options)[0]
-    for x in (q, k, v):
+    for x in (q, k, v, g):
         x[:, 70:150] = x[:, 230:] = torch.nan
     found = stages.forward(q, k, v, g, None, None, None, bounds, options)[0]
 for seen in (slice(0, 70), slice(150, None)):

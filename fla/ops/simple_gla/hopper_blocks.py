@@ -82,10 +82,15 @@ def visit(cu_seqlens, i_n, N, T, begin, stop):
 
 
 @gluon.jit
-def sums_at(sums, gamma, n, there, REVERSE: gl.constexpr, LAYOUT: gl.constexpr):
-    """The sums of chunk n up to each of its tokens; anything for those that are not there."""
+def sums_at(
+    sums, gamma, n, there, REVERSE: gl.constexpr, SUMMED: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """The sums of chunk n up to each of its tokens; anything for those that are not there.
+
+    They lie in ``sums`` [stages, C] in shared memory, or are those of a constant decay ``gamma``.
+    """
     o_c = gl.arange(0, C, LAYOUT)
-    if sums is not None:
+    if SUMMED:
         b_to = sums.index(n % sums.shape[0]).load(LAYOUT)
     elif REVERSE:
         b_to = gamma * (there - o_c)
@@ -95,13 +100,14 @@ def sums_at(sums, gamma, n, there, REVERSE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def sum_of(sums, gamma, n, there, REVERSE: gl.constexpr):
+def sum_of(sums, gamma, n, there, REVERSE: gl.constexpr, SUMMED: gl.constexpr):
     """The sum over all tokens of chunk n."""
-    s_all = gamma * there
-    if sums is not None:
+    if SUMMED:
         last = n % sums.shape[0] * C
         if not REVERSE:
             last += gl.maximum(there - 1, 0)
         each = sums._reinterpret(gl.float32, [sums.shape[0] * C, 1], VECTOR)
         s_all = gl.where(there > 0, scalar(each.index(last)), 0.0)
+    else:
+        s_all = gamma * there
     return s_all

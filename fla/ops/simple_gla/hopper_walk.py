@@ -125,7 +125,7 @@ def place_of(places, n, WHAT: gl.constexpr):
 @gluon.jit
 def weigh(
     x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, places, gamma, more,
-    REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr,
+    REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr, SUMMED: gl.constexpr,
 ):  # fmt: skip
     """A chunk's pairs a = w (x·y); u, its z as they are added to the state; weights of x.
 
@@ -158,13 +158,13 @@ def weigh(
             x_ring.tile(n), y_ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True
         )
         if GATED:
-            b_i = sums_at(sums, gamma, n, there, REVERSE, ROW)
-            b_w = b_i[:, None] - sums_at(sums, gamma, n, there, REVERSE, COLUMN)[None, :]
+            b_i = sums_at(sums, gamma, n, there, REVERSE, SUMMED, ROW)
+            b_w = b_i[:, None] - sums_at(sums, gamma, n, there, REVERSE, SUMMED, COLUMN)[None, :]
             if GRADIENT:
                 b_w = -b_w
             b_w = gl.exp2(gl.minimum(b_w, b_most))
-            b_k = sums_at(sums, gamma, n, there, REVERSE, gl.SliceLayout(1, FLAT))
-            s_all = sum_of(sums, gamma, n, there, REVERSE)
+            b_k = sums_at(sums, gamma, n, there, REVERSE, SUMMED, gl.SliceLayout(1, FLAT))
+            s_all = sum_of(sums, gamma, n, there, REVERSE, SUMMED)
             b_p = power(b_k if GRADIENT else s_all - b_k)
             b_q = power(s_all - b_i if GRADIENT else b_i)
         more = (place_of(places, n, 2) & MORE) != 0
@@ -193,6 +193,7 @@ def carry_on(
     places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z, more, behind, N, T, begin,
     stop, H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
     GRADIENT: gl.constexpr, TURNED: gl.constexpr, V_FIRST: gl.constexpr, GATED: gl.constexpr,
+    SUMMED: gl.constexpr,
 ):  # fmt: skip
     """Carry the state from chunk to chunk, and put out = scale (w (x·S) + a z), and rows.
 
@@ -245,38 +246,32 @@ def carry_on(
                 b_l = gl.convert_layout((b_s - b_h).to(o_desc.dtype), LEFT)
                 b_o = warpgroup_mma(b_l, turned, b_o, is_async=True)
             if GATED:
-                b_s = b_s * power(sum_of(sums, gamma, n, there, REVERSE))
+                b_s = b_s * power(sum_of(sums, gamma, n, there, REVERSE, SUMMED))
             a_ring.wait(n)
+            z_turned = z_ring.tile(n).permute((1, 0))
             if GATED:
                 b_q = q_tiles.index(n % AHEAD).load(_COLUMN)
+                u = u_tiles.index(n % AHEAD).reshape([C, BZ])
+                b_s = warpgroup_mma(u.permute((1, 0)), y_ring.tile(n), b_s, is_async=True)
+            else:
+                b_s = warpgroup_mma(z_turned, y_ring.tile(n), b_s, is_async=True)
             if SPLIT:
                 # beside, as the other walk's state holds it
                 b_b = b_ring.tile(n).permute((1, 0)).load(_ACC).to(gl.float32)
                 b_f = b_b * b_q[None, :]
                 b_f = rounded(b_f) - b_f
-            # Over already; but what stands above stays there, and is done while the product is
-            a_ring.wait(n)
+            b_o = warpgroup_mma_wait(1, deps=(b_o,))
             if SPLIT:
-                b_o, b_s, b_f = warpgroup_mma_wait(0, deps=(b_o, b_s, b_f))
                 b_f = b_o * b_f
-            else:
-                b_o, b_s = warpgroup_mma_wait(0, deps=(b_o, b_s))
             if GATED:
                 b_o = b_o * b_q[None, :]
-            z_turned = z_ring.tile(n).permute((1, 0))
             b_o = warpgroup_mma(z_turned, a_ring.tile(n).permute((1, 0)), b_o, is_async=True)
-            if GATED:
-                u = u_tiles.index(n % AHEAD).reshape([C, BZ])
-                b_s = warpgroup_mma(u.permute((1, 0)), y_ring.tile(n), b_s, is_async=True)
-            else:
-                b_s = warpgroup_mma(z_turned, y_ring.tile(n), b_s, is_async=True)
-            b_o = warpgroup_mma_wait(1, deps=(b_o,))
+            b_o, b_s = warpgroup_mma_wait(0, deps=(b_o, b_s))
             o_tile = o_tiles.index(n % 2).reshape([C, BZ])
             o_tile.permute((1, 0)).store((b_o * scale).to(o_desc.dtype))
             if SPLIT:
                 b_r = gl.sum(b_f + b_o * b_b, 0) * scale
                 gl.store(rows + token + o_i, b_r, mask=o_i < there)
-            b_s = warpgroup_mma_wait(0, deps=(b_s,))
             tma.store_wait(0)  # of the last chunk, so that the next may be laid down
             fence_async_shared()
             gl.thread_barrier()
@@ -317,7 +312,8 @@ def hopper_walk_kernel(
     enters in ``carry`` [segments, H, K V + K].
     """
     NZ: gl.constexpr = Z // BZ
-    GATED: gl.constexpr = (sums_desc is not None) or (g_gamma is not None)
+    SUMMED: gl.constexpr = sums_desc is not None
+    GATED: gl.constexpr = SUMMED or (g_gamma is not None)
     i_z = gl.program_id(0) % NZ
     i_h = gl.program_id(0) // NZ % H
     unit = gl.program_id(0) // (NZ * H)
@@ -350,12 +346,12 @@ def hopper_walk_kernel(
     u_tiles = a_ring.tiles
     q_tiles = a_ring.tiles
     b_ring = z_ring
-    sums = None
+    sums = q_tiles
     places = gl.allocate_shared_memory(gl.int32, [STAGES, 4], VECTOR)
     if GATED:
         u_tiles = new_tiles(o_desc, AHEAD)
         q_tiles = gl.allocate_shared_memory(gl.float32, [AHEAD, C], VECTOR)
-    if sums_desc is not None:
+    if SUMMED:
         sums = new_tiles(sums_desc, STAGES)
     if rows is not None:
         b_ring = Ring(new_tiles(b_desc, STAGES), x_ring.ready, x_ring.empty)
@@ -368,14 +364,14 @@ def hopper_walk_kernel(
                     o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles,
                     o_tiles, sums, places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h,
                     i_z, more, behind, N, T, begin, stop,
-                    H, X, Z, REVERSE, GRADIENT, TURNED, V_FIRST, GATED,
+                    H, X, Z, REVERSE, GRADIENT, TURNED, V_FIRST, GATED, SUMMED,
                 ),
             ),
             (
                 weigh,
                 (
                     x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, places, gamma, more,
-                    REVERSE, GRADIENT, GATED,
+                    REVERSE, GRADIENT, GATED, SUMMED,
                 ),
             ),
             (
