@@ -64,10 +64,10 @@ def sequences_in(cu_seqlens, i_b, N, T, begin, stop):
 
 @gluon.jit
 def visit(cu_seqlens, i_n, N, T, begin, stop):
-    """Of sequence i_n its first token, its length, and its chunks; the first in [begin, stop).
+    """Of sequence i_n its first token, its length and its number of chunks.
 
-    And how many there are.  An empty sequence has one chunk, without a token, in which its state
-    passes by.  Sequence N is what lies behind the last one.
+    And of its chunks the first in [begin, stop), and how many lie there.  An empty sequence has one
+    chunk, without a token, in which its state passes by.
     """
     bos = begin * 0
     length = T
