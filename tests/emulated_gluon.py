@@ -272,8 +272,7 @@ def constexpr(x: Any) -> Any:
 
 
 def minimum(a: Any, b: Any) -> Value:
-    """Of NaN and a number the number."""
-    return Value(torch.fmin(*_alike(a, b)))
+    return Value(torch.minimum(*_alike(a, b)))
 
 
 def maximum(a: Any, b: Any) -> Value:

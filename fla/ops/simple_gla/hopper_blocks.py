@@ -85,7 +85,7 @@ def visit(cu_seqlens, i_n, N, T, begin, stop):
 def sums_at(
     sums, gamma, n, there, REVERSE: gl.constexpr, SUMMED: gl.constexpr, LAYOUT: gl.constexpr
 ):
-    """The sums of chunk n up to each of its tokens; anything for those that are not there.
+    """The sums of chunk n up to each of its tokens, any number for those that are not there.
 
     They lie in ``sums`` [stages, C] in shared memory, or are those of a constant decay ``gamma``.
     """
@@ -107,7 +107,7 @@ def sum_of(sums, gamma, n, there, REVERSE: gl.constexpr, SUMMED: gl.constexpr):
         if not REVERSE:
             last += gl.maximum(there - 1, 0)
         each = sums._reinterpret(gl.float32, [sums.shape[0] * C, 1], VECTOR)
-        s_all = gl.where(there > 0, scalar(each.index(last)), 0.0)
+        s_all = scalar(each.index(last))
     else:
         s_all = gamma * there
     return s_all

@@ -23,7 +23,6 @@ from fla.ops.common.hopper import (
     descriptor,
     new_ring,
     new_tiles,
-    vectors,
     wait_before,
 )
 from fla.ops.common.kernels import cdiv
@@ -72,20 +71,22 @@ def clear(tile, there, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def produce(
-    x_desc, y_desc, z_desc, b_desc, sums_desc, x_ring, y_ring, z_ring, b_ring, sums, places,
-    cu_seqlens, i_b, i_h, i_z, line, first, last, N, T, begin, stop, BACK: gl.constexpr,
+    x_desc, y_desc, z_desc, b_desc, sums, x_ring, y_ring, z_ring, b_ring, s_tiles, places,
+    cu_seqlens, i_b, i_h, i_z, first, last, N, T, begin, stop, BACK: gl.constexpr,
 ):  # fmt: skip
     """Copy the tiles of each chunk in the order of the walk; those of x bring the others along.
 
-    And say where the chunk lies: its first token, how many it has, its marks, its sequence.
+    And say where the chunk lies, its first token, how many it has, its marks and its sequence; and
+    its gate's sums, which may begin at any token, as no tile does.
     """
     WITH_X: gl.constexpr = (
         y_desc.block_type.nbytes
         + z_desc.block_type.nbytes
         + (0 if b_desc is None else b_desc.block_type.nbytes)
-        + (0 if sums_desc is None else sums_desc.block_type.nbytes)
     )
-    o_p = gl.arange(0, 4, gl.BlockedLayout([1], [32], [1], [0]))
+    WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    o_c = gl.arange(0, C, WARP)
+    o_p = gl.arange(0, 4, WARP)
     n = 0
     for i_n in range(first, last):
         bos, length, chunks, at, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
@@ -96,14 +97,14 @@ def produce(
         for i in range(steps):
             c = at + (steps - 1 - i if BACK else i)
             token = bos + c * C
+            there = gl.minimum(length - c * C, C)
             marks = gl.where((i_n + 1 < last) | (i + 1 < steps), MORE, 0)
             marks += gl.where(i + 1 == steps, LAST, 0)
             marks += gl.where(opens, OPENS, 0) + gl.where(closes, CLOSES, 0)
-            b_p = gl.where(o_p == 0, token, gl.minimum(length - c * C, C))
+            b_p = gl.where(o_p == 0, token, there)
             b_p = gl.where(o_p == 2, marks, gl.where(o_p == 3, i_n, b_p))
-            wait_before(x_ring.empty, n)
-            places.index(n % places.shape[0]).store(b_p.to(gl.int32))
-            gl.thread_barrier()
+            if sums is not None:  # they come while the stage is waited for
+                b_s = gl.load(sums + token + o_c, mask=o_c < there, other=0.0)
             wide = [i_b, token, i_h, 0]
             block = [i_b, token, i_h, i_z * BZ]
             x_ring.fill(x_desc, wide, n, WITH_X)
@@ -111,8 +112,11 @@ def produce(
             x_ring.join(z_desc, block, n, z_ring.tiles)
             if b_desc is not None:
                 x_ring.join(b_desc, block, n, b_ring.tiles)
-            if sums_desc is not None:
-                x_ring.join(sums_desc, [line * T + token], n, sums)
+            if sums is not None:
+                s_tiles.index(n % s_tiles.shape[0]).store(b_s)
+            places.index(n % places.shape[0]).store(b_p.to(gl.int32))
+            gl.thread_barrier()
+            arrive(x_ring.ready, n)
             n += 1
 
 
@@ -124,7 +128,7 @@ def place_of(places, n, WHAT: gl.constexpr):
 
 @gluon.jit
 def weigh(
-    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, places, gamma, more,
+    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, s_tiles, places, gamma, more,
     REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr, SUMMED: gl.constexpr,
 ):  # fmt: skip
     """A chunk's pairs a = w (x·y); u, its z as they are added to the state; weights of x.
@@ -158,13 +162,13 @@ def weigh(
             x_ring.tile(n), y_ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True
         )
         if GATED:
-            b_i = sums_at(sums, gamma, n, there, REVERSE, SUMMED, ROW)
-            b_w = b_i[:, None] - sums_at(sums, gamma, n, there, REVERSE, SUMMED, COLUMN)[None, :]
+            b_i = sums_at(s_tiles, gamma, n, there, REVERSE, SUMMED, ROW)
+            b_w = b_i[:, None] - sums_at(s_tiles, gamma, n, there, REVERSE, SUMMED, COLUMN)[None, :]
             if GRADIENT:
                 b_w = -b_w
             b_w = gl.exp2(gl.minimum(b_w, b_most))
-            b_k = sums_at(sums, gamma, n, there, REVERSE, SUMMED, gl.SliceLayout(1, FLAT))
-            s_all = sum_of(sums, gamma, n, there, REVERSE, SUMMED)
+            b_k = sums_at(s_tiles, gamma, n, there, REVERSE, SUMMED, gl.SliceLayout(1, FLAT))
+            s_all = sum_of(s_tiles, gamma, n, there, REVERSE, SUMMED)
             b_p = power(b_k if GRADIENT else s_all - b_k)
             b_q = power(s_all - b_i if GRADIENT else b_i)
         more = (place_of(places, n, 2) & MORE) != 0
@@ -189,7 +193,7 @@ def weigh(
 
 @gluon.jit
 def carry_on(
-    o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles, o_tiles, sums,
+    o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles, o_tiles, s_tiles,
     places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z, more, behind, N, T, begin,
     stop, H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
     GRADIENT: gl.constexpr, TURNED: gl.constexpr, V_FIRST: gl.constexpr, GATED: gl.constexpr,
@@ -246,7 +250,7 @@ def carry_on(
                 b_l = gl.convert_layout((b_s - b_h).to(o_desc.dtype), LEFT)
                 b_o = warpgroup_mma(b_l, turned, b_o, is_async=True)
             if GATED:
-                b_s = b_s * power(sum_of(sums, gamma, n, there, REVERSE, SUMMED))
+                b_s = b_s * power(sum_of(s_tiles, gamma, n, there, REVERSE, SUMMED))
             a_ring.wait(n)
             z_turned = z_ring.tile(n).permute((1, 0))
             if GATED:
@@ -300,8 +304,8 @@ def carry_on(
 
 @gluon.jit(do_not_specialize=["scale", "N", "T", "segment", "segments"])
 def hopper_walk_kernel(
-    out, rows, g_gamma, start, carry, end, cu_seqlens, x_desc, y_desc, z_desc, b_desc, o_desc,
-    sums_desc, scale, N, T, segment, segments,
+    out, rows, sums, g_gamma, start, carry, end, cu_seqlens, x_desc, y_desc, z_desc, b_desc,
+    o_desc, scale, N, T, segment, segments,
     H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
     GRADIENT: gl.constexpr, TURNED: gl.constexpr, V_FIRST: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -312,7 +316,7 @@ def hopper_walk_kernel(
     enters in ``carry`` [segments, H, K V + K].
     """
     NZ: gl.constexpr = Z // BZ
-    SUMMED: gl.constexpr = sums_desc is not None
+    SUMMED: gl.constexpr = sums is not None
     GATED: gl.constexpr = SUMMED or (g_gamma is not None)
     i_z = gl.program_id(0) % NZ
     i_h = gl.program_id(0) // NZ % H
@@ -330,13 +334,15 @@ def hopper_walk_kernel(
         gamma = gl.load(g_gamma + i_h).to(gl.float32) * LOG2E
     rows_of_tokens = gl.num_programs(0) // (NZ * H * segments)
     line = i_h * rows_of_tokens + i_b
+    if SUMMED:
+        sums += line.to(gl.int64) * T
     out += i_b.to(gl.int64) * T * (H * Z)
     if rows is not None:
         rows += (i_z * H * rows_of_tokens + line).to(gl.int64) * T
     if carry is not None:
         carry += (unit * H + i_h).to(gl.int64) * (X * Z + (Z if TURNED else X))
 
-    x_ring = new_ring(x_desc, STAGES, 2)
+    x_ring = new_ring(x_desc, STAGES, 2, 2)
     y_ring = Ring(new_tiles(y_desc, STAGES), x_ring.ready, x_ring.empty)
     z_ring = Ring(new_tiles(z_desc, STAGES), x_ring.ready, x_ring.empty)
     a_ring = new_ring(o_desc, AHEAD, 1)
@@ -346,13 +352,13 @@ def hopper_walk_kernel(
     u_tiles = a_ring.tiles
     q_tiles = a_ring.tiles
     b_ring = z_ring
-    sums = q_tiles
+    s_tiles = q_tiles
     places = gl.allocate_shared_memory(gl.int32, [STAGES, 4], VECTOR)
     if GATED:
         u_tiles = new_tiles(o_desc, AHEAD)
         q_tiles = gl.allocate_shared_memory(gl.float32, [AHEAD, C], VECTOR)
     if SUMMED:
-        sums = new_tiles(sums_desc, STAGES)
+        s_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, C], VECTOR)
     if rows is not None:
         b_ring = Ring(new_tiles(b_desc, STAGES), x_ring.ready, x_ring.empty)
     fence_async_shared()
@@ -362,7 +368,7 @@ def hopper_walk_kernel(
                 carry_on,
                 (
                     o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles,
-                    o_tiles, sums, places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h,
+                    o_tiles, s_tiles, places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h,
                     i_z, more, behind, N, T, begin, stop,
                     H, X, Z, REVERSE, GRADIENT, TURNED, V_FIRST, GATED, SUMMED,
                 ),
@@ -370,15 +376,15 @@ def hopper_walk_kernel(
             (
                 weigh,
                 (
-                    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, places, gamma, more,
+                    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, s_tiles, places, gamma, more,
                     REVERSE, GRADIENT, GATED, SUMMED,
                 ),
             ),
             (
                 produce,
                 (
-                    x_desc, y_desc, z_desc, b_desc, sums_desc, x_ring, y_ring, z_ring, b_ring, sums,
-                    places, cu_seqlens, i_b, i_h, i_z, line, first, last, N, T, begin, stop,
+                    x_desc, y_desc, z_desc, b_desc, sums, x_ring, y_ring, z_ring, b_ring, s_tiles,
+                    places, cu_seqlens, i_b, i_h, i_z, first, last, N, T, begin, stop,
                     REVERSE != GRADIENT,
                 ),
             ),
@@ -402,12 +408,11 @@ def run_walk(
         rows = z.new_empty(Z // block, H, call.tokens, dtype=torch.float32)
     tiles = (x, X), (y, X), (z, block), (beside, block), (out, block)
     descriptors = [None if t is None else descriptor(t, C.value, size) for t, size in tiles]
-    descriptors.append(None if sums is None else vectors(sums, C.value))
     segments = cdiv(T, segment) if segment else 1
     launch(
         hopper_walk_kernel,
         B * segments * H * (Z // block),
-        (out, rows, g_gamma, starts[0], carry, ends[0], cu_seqlens),
+        (out, rows, sums, g_gamma, starts[0], carry, ends[0], cu_seqlens),
         (*descriptors, scale, call.N, T, segment or T, segments),
         {
             "H": H,
