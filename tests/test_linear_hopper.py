@@ -117,7 +117,7 @@ def call(T=1024, K=128, V=128, gate="token", packed=False, states=False, dtype=t
     [
         ((128, 128), {"gate": "token"}),
         ((128, 128), {"gate": "head", "packed": True, "states": True}),
-        ((64, 128), {"gate": "token", "packed": True}),
+        ((64, 64), {"gate": "token", "packed": True}),
         ((64, 64), {"gate": None, "states": True}),
         ((256, 512), {"gate": "token"}),
     ],

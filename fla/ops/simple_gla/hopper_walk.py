@@ -1,7 +1,8 @@
 """The walk over time on Hopper, warp-specialised: what does not wait for the state runs ahead.
 
-One warp copies tiles.  Four weigh the pairs inside a chunk and what is added to the state; four
-carry the state, multiply it and put out.
+One warp copies tiles and says where each chunk lies, so that the others walk over the chunks of all
+sequences alike.  Four weigh the pairs inside a chunk and what is added to the state; four carry the
+state, multiply it and put out.
 """
 
 from __future__ import annotations
@@ -47,16 +48,26 @@ COPY_REGISTERS = gl.constexpr(32)
 BZ = gl.constexpr(64)
 # Chunks that the pairs may be ahead of the output
 AHEAD = gl.constexpr(2)
-# Marks of a chunk: one more follows; it is the last of its sequence here; that one begins, or ends,
-# here
+# Chunks whose places are known; a chunk's is until tiles have passed through all stages twice
+PLACES = gl.constexpr(16)
+# A place: the first token, how many there are, marks, and the sequence
+TOKEN = gl.constexpr(0)
+THERE = gl.constexpr(1)
+MARKS = gl.constexpr(2)
+SEQUENCE = gl.constexpr(3)
+# Marks: another chunk follows; none does of this sequence, here; its walk begins, or ends, here
 MORE = gl.constexpr(1)
 LAST = gl.constexpr(2)
 OPENS = gl.constexpr(4)
 CLOSES = gl.constexpr(8)
-# Columns of a chunk that shared memory holds beside two tiles each of pairs, u and the output
+# Parts of each row that ``carry_on`` leaves to be added up
+PARTS = gl.constexpr(32)
+# Columns of a chunk that shared memory holds beside two tiles each of pairs, u, output and parts
 _COLUMNS = 1400
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _COLUMN = gl.constexpr(gl.SliceLayout(0, _ACC))
+# Parts as they are written, by eight rows of lanes, without conflicts
+_PARTS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
 
 
 @gluon.jit
@@ -76,8 +87,8 @@ def produce(
 ):  # fmt: skip
     """Copy the tiles of each chunk in the order of the walk; those of x bring the others along.
 
-    And say where the chunk lies, its first token, how many it has, its marks and its sequence; and
-    its gate's sums, which may begin at any token, as no tile does.
+    And lay beside them the chunk's place and its gate's sums.  These are loaded: a copy in one
+    dimension begins at multiples of 16 bytes, a chunk at any token.
     """
     WITH_X: gl.constexpr = (
         y_desc.block_type.nbytes
@@ -101,8 +112,8 @@ def produce(
             marks = gl.where((i_n + 1 < last) | (i + 1 < steps), MORE, 0)
             marks += gl.where(i + 1 == steps, LAST, 0)
             marks += gl.where(opens, OPENS, 0) + gl.where(closes, CLOSES, 0)
-            b_p = gl.where(o_p == 0, token, there)
-            b_p = gl.where(o_p == 2, marks, gl.where(o_p == 3, i_n, b_p))
+            b_p = gl.where(o_p == TOKEN, token, there)
+            b_p = gl.where(o_p == MARKS, marks, gl.where(o_p == SEQUENCE, i_n, b_p))
             if sums is not None:  # they come while the stage is waited for
                 b_s = gl.load(sums + token + o_c, mask=o_c < there, other=0.0)
             wide = [i_b, token, i_h, 0]
@@ -114,7 +125,7 @@ def produce(
                 x_ring.join(b_desc, block, n, b_ring.tiles)
             if sums is not None:
                 s_tiles.index(n % s_tiles.shape[0]).store(b_s)
-            places.index(n % places.shape[0]).store(b_p.to(gl.int32))
+            places.index(n & PLACES - 1).store(b_p.to(gl.int32))
             gl.thread_barrier()
             arrive(x_ring.ready, n)
             n += 1
@@ -122,16 +133,26 @@ def produce(
 
 @gluon.jit
 def place_of(places, n, WHAT: gl.constexpr):
-    """What ``produce`` says of chunk n."""
-    return scalar(places.index(n % places.shape[0]).slice(WHAT, 1))
+    """What ``produce`` says of chunk n: WHAT of its place."""
+    return scalar(places.index(n & PLACES - 1).slice(WHAT, 1))
+
+
+@gluon.jit
+def put_rows(rows, parts, places, n, scale):
+    """Store the rows of the last chunk that ``carry_on`` is through with when ``weigh`` is at n."""
+    b_r = gl.sum(parts, 0) * scale
+    token = place_of(places, n - AHEAD, TOKEN)
+    there = gl.where(n < AHEAD, 0, place_of(places, n - AHEAD, THERE))
+    o_r = gl.arange(0, C, b_r.type.layout)
+    gl.store(rows + token + o_r, b_r, mask=o_r < there)
 
 
 @gluon.jit
 def weigh(
-    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, s_tiles, places, gamma, more,
-    REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr, SUMMED: gl.constexpr,
+    rows, x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, r_tiles, s_tiles, places, gamma, scale,
+    more, REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr, SUMMED: gl.constexpr,
 ):  # fmt: skip
-    """A chunk's pairs a = w (x·y); u, its z as they are added to the state; weights of x.
+    """A chunk's pairs a = w (x·y); u, its z as they are added to the state; weights of x; rows.
 
     Where a sequence ends inside a chunk, y and z are cleared before anybody else looks at them;
     weights of tokens that are not there may be any number.
@@ -141,6 +162,7 @@ def weigh(
     PAIRS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, PAIRS)
     COLUMN: gl.constexpr = gl.SliceLayout(0, PAIRS)
+    PARTED: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [1, 4], [1, 0])
     o_i = gl.arange(0, C, ROW)[:, None]
     o_j = gl.arange(0, C, COLUMN)[None, :]
     if BACK:
@@ -151,7 +173,7 @@ def weigh(
     n = 0
     while more:
         x_ring.wait(n)
-        there = place_of(places, n, 1)
+        there = place_of(places, n, THERE)
         if there < C:
             clear(y_ring.tile(n), there, FLAT)
             clear(z_ring.tile(n), there, FLAT)
@@ -171,8 +193,10 @@ def weigh(
             s_all = sum_of(s_tiles, gamma, n, there, REVERSE, SUMMED)
             b_p = power(b_k if GRADIENT else s_all - b_k)
             b_q = power(s_all - b_i if GRADIENT else b_i)
-        more = (place_of(places, n, 2) & MORE) != 0
+        more = (place_of(places, n, MARKS) & MORE) != 0
         wait_before(a_ring.empty, n)
+        if rows is not None:
+            b_r = r_tiles.index(n % AHEAD).load(PARTED)
         if GATED:
             q_tiles.index(n % AHEAD).store(b_q)
             b_z = z_ring.tile(n).load(FLAT)
@@ -188,14 +212,21 @@ def weigh(
         gl.thread_barrier()
         arrive(a_ring.ready, n)
         arrive(x_ring.empty, n)
+        if rows is not None:
+            put_rows(rows, b_r, places, n, scale)
         n += 1
+    if rows is not None:
+        for _ in gl.static_range(AHEAD):
+            wait_before(a_ring.empty, n)
+            put_rows(rows, r_tiles.index(n % AHEAD).load(PARTED), places, n, scale)
+            n += 1
 
 
 @gluon.jit
 def carry_on(
-    o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles, o_tiles, s_tiles,
-    places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z, more, behind, N, T, begin,
-    stop, H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
+    o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles, o_tiles, r_tiles,
+    s_tiles, places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z, more, behind,
+    N, T, begin, stop, H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
     GRADIENT: gl.constexpr, TURNED: gl.constexpr, V_FIRST: gl.constexpr, GATED: gl.constexpr,
     SUMMED: gl.constexpr,
 ):  # fmt: skip
@@ -216,7 +247,6 @@ def carry_on(
     o_z = i_z * BZ + gl.arange(0, BZ, gl.SliceLayout(1, STATE))[:, None]
     p_kv = o_z * X + o_x if TURNED else o_x * Z + o_z  # [BZ, X]
     p_state = o_z * X + o_x if TURNED != V_FIRST else o_x * Z + o_z
-    o_i = gl.arange(0, C, _COLUMN)
     o_c = gl.arange(0, C, gl.SliceLayout(1, FLAT))
     o_o = gl.arange(0, BZ, gl.SliceLayout(0, FLAT))
     p_o = i_h * Z + i_z * BZ + o_c[:, None] * (H * Z) + o_o[None, :]  # [C, BZ]
@@ -224,8 +254,8 @@ def carry_on(
     n = 0
     while more:
         x_ring.wait(n)
-        marks = place_of(places, n, 2)
-        place = (place_of(places, n, 3) * H + i_h).to(gl.int64) * (X * Z)
+        marks = place_of(places, n, MARKS)
+        place = (place_of(places, n, SEQUENCE) * H + i_h).to(gl.int64) * (X * Z)
         opens = (marks & OPENS) != 0
         b_s = gl.zeros([BZ, X], gl.float32, STATE)
         if start is not None:
@@ -233,12 +263,12 @@ def carry_on(
             b_s += b_start.to(gl.float32) / s_held
         if carry is not None:
             b_s += gl.load(carry + p_kv, mask=(opens == 0) & (o_x < X), other=0.0)
-        within = n >= 0
+        within = n >= 0  # a sequence has a chunk
         while within:
             x_ring.wait(n)
-            token = place_of(places, n, 0)
-            there = place_of(places, n, 1)
-            marks = place_of(places, n, 2)
+            token = place_of(places, n, TOKEN)
+            there = place_of(places, n, THERE)
+            marks = place_of(places, n, MARKS)
             turned = x_ring.tile(n).permute((1, 0))
             b_h = leading(b_s) if SPLIT else b_s
             b_o = gl.zeros([BZ, C], gl.float32, _ACC)
@@ -252,6 +282,8 @@ def carry_on(
             if GATED:
                 b_s = b_s * power(sum_of(s_tiles, gamma, n, there, REVERSE, SUMMED))
             a_ring.wait(n)
+            # The state's product before the wait for the output's, behind which ptxas would move
+            # what is done above
             z_turned = z_ring.tile(n).permute((1, 0))
             if GATED:
                 b_q = q_tiles.index(n % AHEAD).load(_COLUMN)
@@ -274,8 +306,9 @@ def carry_on(
             o_tile = o_tiles.index(n % 2).reshape([C, BZ])
             o_tile.permute((1, 0)).store((b_o * scale).to(o_desc.dtype))
             if SPLIT:
-                b_r = gl.sum(b_f + b_o * b_b, 0) * scale
-                gl.store(rows + token + o_i, b_r, mask=o_i < there)
+                # of a row's 64 products, a column here, each thread has two
+                b_r = (b_f + b_o * b_b).reshape([4, 2, 8, C])
+                r_tiles.index(n % AHEAD).store(gl.sum(b_r, 1).reshape([PARTS, C]))
             tma.store_wait(0)  # of the last chunk, so that the next may be laid down
             fence_async_shared()
             gl.thread_barrier()
@@ -293,7 +326,7 @@ def carry_on(
             b_e = (b_s * s_held).to(end.dtype.element_ty)
             gl.store(end + place + p_state, b_e, mask=((marks & CLOSES) != 0) & (o_x < X))
         more = (marks & MORE) != 0
-    if behind:  # the last sequence
+    if behind:  # tokens of no sequence
         bos, length, _, at, steps = visit(cu_seqlens, N, N, T, begin, stop)
         for c in range(at, at + steps):
             p = out + (bos + c * C).to(gl.int64) * (H * Z) + p_o
@@ -351,9 +384,10 @@ def hopper_walk_kernel(
     # is not used: its memory would be that of a tile, and its beginning be seen there.
     u_tiles = a_ring.tiles
     q_tiles = a_ring.tiles
+    r_tiles = a_ring.tiles
+    s_tiles = a_ring.tiles
     b_ring = z_ring
-    s_tiles = q_tiles
-    places = gl.allocate_shared_memory(gl.int32, [STAGES, 4], VECTOR)
+    places = gl.allocate_shared_memory(gl.int32, [PLACES, 4], VECTOR)
     if GATED:
         u_tiles = new_tiles(o_desc, AHEAD)
         q_tiles = gl.allocate_shared_memory(gl.float32, [AHEAD, C], VECTOR)
@@ -361,6 +395,7 @@ def hopper_walk_kernel(
         s_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, C], VECTOR)
     if rows is not None:
         b_ring = Ring(new_tiles(b_desc, STAGES), x_ring.ready, x_ring.empty)
+        r_tiles = gl.allocate_shared_memory(gl.float32, [AHEAD, PARTS, C], _PARTS)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -368,16 +403,16 @@ def hopper_walk_kernel(
                 carry_on,
                 (
                     o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles,
-                    o_tiles, s_tiles, places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h,
-                    i_z, more, behind, N, T, begin, stop,
+                    o_tiles, r_tiles, s_tiles, places, gamma, start, carry, end, cu_seqlens, scale,
+                    i_b, i_h, i_z, more, behind, N, T, begin, stop,
                     H, X, Z, REVERSE, GRADIENT, TURNED, V_FIRST, GATED, SUMMED,
                 ),
             ),
             (
                 weigh,
                 (
-                    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, s_tiles, places, gamma, more,
-                    REVERSE, GRADIENT, GATED, SUMMED,
+                    rows, x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, r_tiles, s_tiles,
+                    places, gamma, scale, more, REVERSE, GRADIENT, GATED, SUMMED,
                 ),
             ),
             (
