@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import math
 import random
 import sys
 import threading
@@ -52,7 +53,11 @@ class Shared:
         return Shared(self.x.permute(order))
 
     def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
-        return Shared(self.x.view(dtype).view([int(size) for size in shape]))
+        shape = [int(size) for size in shape]
+        if math.prod(shape) * dtype.itemsize < self.x.nbytes:
+            # fp32 stands in for bf16, and what would share its memory has a place of its own
+            return allocate_shared_memory(dtype, shape, layout)
+        return Shared(self.x.view(dtype).view(shape))
 
     def load(self, layout: Any = None) -> Value:
         return Value(self.x.clone())
@@ -332,6 +337,7 @@ def _modules() -> dict[str, Any]:
         to_tensor=Value,
         num_warps=lambda: 4,
         expand_dims=lambda x, axis: Value(x.x.unsqueeze(axis)),
+        broadcast=lambda a, b: tuple(map(Value, torch.broadcast_tensors(a.x, b.x))),
         exp=lambda x: Value(torch.exp(x.x)),
         exp2=lambda x: Value(torch.exp2(x.x)),
         log2=lambda x: Value(torch.log2(x.x)),

@@ -69,7 +69,10 @@ for (B, T, HQ, H), gate, sink, window, lengths in (
     ((1, 260, 2, 1), "steep", False, None, ()), ((1, 700, 2, 1), "growing", True, None, ()),
     ((1, 700, 2, 1), "forgetful", False, None, ()),
     ((1, 1000, 2, 1), "back again", False, None, ()),
-    ((2, 200, 2, 1), "mild", False, 2, ()), ((1, 300, 4, 2), "mild", True, 64, ()),
+    ((2, 200, 2, 1), "none", False, 2, ()), ((1, 300, 4, 2), "mild", True, 64, ()),
+    ((2, 200, 2, 1), "mild", False, 2, ()), ((1, 300, 4, 2), "none", True, 64, ()),
+    ((1, 513, 2, 1), "none", False, 129, ()), ((1, 513, 6, 2), "none", False, 190, ()),
+    ((1, 700, 2, 1), "none", False, 256, ()), ((1, 270, 4, 2), "none", True, 50, packed),
     ((1, 513, 2, 1), "mild", False, 129, ()), ((1, 513, 2, 1), "growing", False, 190, ()),
     ((2, 260, 2, 1), "mild", True, 70, ()), ((1, 700, 2, 1), "mild", False, 256, ()),
     ((1, 700, 2, 1), "forgetful", False, 500, ()),
@@ -143,6 +146,8 @@ def operands(
     [
         (torch.bfloat16, None, None, None, ()),
         (torch.float16, None, torch.float32, None, ()),
+        (torch.bfloat16, None, None, 1024, ()),
+        (torch.float16, None, torch.float32, 1024, (LONG,)),
         (torch.bfloat16, torch.float32, None, None, ()),
         (torch.bfloat16, torch.float32, None, 1024, ()),
         (torch.bfloat16, None, torch.float32, None, (LONG,)),
@@ -177,7 +182,7 @@ def test_emulated():
     """Partitions meet as they should, what they compute is right, and what is not needed left."""
     printed = run_alone("-c", EMULATED)
     found = [json.loads(line) for line in printed.splitlines()]
-    assert len(found) == 27
+    assert len(found) == 33
     for case, errors, behind, share in found:
         assert errors and all(error < 1e-5 for error in errors), (case, errors)
         assert behind == 0, case
@@ -202,7 +207,9 @@ def test_lengths_share_a_kernel():
     [
         ({}, Options(1.0), True),
         ({}, Options(-1.0, LONG), True),
-        ({}, Options(1.0, LONG - 1), False),
+        ({}, Options(1.0, 512), True),
+        ({}, Options(1.0, 511), False),
+        ({"lengths": (1300, 0, 6892)}, Options(1.0, 1024), False),
         ({"B": 2, "T": 4097, "HQ": 8}, Options(1.0), True),
         ({"gate": torch.float32}, Options(1.0, 1024), True),
         ({"gate": torch.float32}, Options(1.0, 1023), False),

@@ -14,6 +14,7 @@ from interpreted_kda import operands
 
 from fla.ops.kda import hopper
 from fla.ops.kda import triton as portable
+from fla.ops.kda.chunk_gradients import unit_kernel
 
 # Launchers of other kernels, which are not launched here
 OTHERS = dict.fromkeys(("run_intra", "run_halving", "run_scan"), mock.DEFAULT)
@@ -28,16 +29,18 @@ from fla.ops.kda import eager, triton as portable
 from fla.testing.compare import relative_error
 
 torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)  # so that what is never written is NaN
 modules = emulated_gluon._modules()
 modules["triton.experimental.gluon.language"].bfloat16 = torch.float32
-stages = "kda.hopper_gradients", "kda.hopper_states"
-names = "common.kernels", "common.hopper", "kda.slots", "kda.activations", "kda.halving", *stages
+stages = "kda.hopper_gradients", "kda.hopper_states", "kda.hopper"
+helpers = "slots", "activations", "halving", "hopper_intra", "hopper_pairs"
+names = "common.kernels", "common.hopper", *(f"kda.{name}" for name in helpers), *stages
 with (
     mock.patch.object(emulated_gluon, "_modules", lambda: modules),
     mock.patch.object(portable, "Call", portable.Call),
     emulated_gluon.emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as loaded,
 ):
-    within, across = loaded[-2:]
+    within, across, hopper = loaded[-3:]
 within.wide, within.narrow = lambda x: x, lambda x: (x, x)
 within.launch = across.launch = (
     lambda kernel, programs, tensors, numbers, constants: kernel[(programs,)](
@@ -45,25 +48,40 @@ within.launch = across.launch = (
     )
 )
 
-class Call(portable.Call):
-    across, within = across.run_states, within.run_gradients
+class Call(hopper.Call):
+    def _takes_gradients(self):
+        return True
+
+    def _takes_chunks(self, *_):
+        return False
+
+    _takes_scan = _takes_chunks
 
 cases = (
     {"T": 1, "K": 64, "V": 64},
     {"T": 63, "K": 64, "V": 128, "gate": "raw", "lower_bound": -5.0, "beta_sigmoid": True},
     {"T": 65, "K": 128, "V": 64, "gate": "mixed", "H": 1, "HV": 2},
     {"T": 130, "K": 64, "V": 64, "gate": "raw", "lower_bound": -40.0, "B": 2},
-    {"T": 98, "K": 64, "V": 64, "lengths": (0, 33, 0, 64, 1, 0), "gate": "raw"},
-    {"T": 70, "K": 64, "V": 64, "gate": "growing"},
+    # with tokens of no sequence
+    {"T": 170, "K": 64, "V": 64, "lengths": (0, 33, 0, 64, 1, 0), "gate": "raw"},
+    {"T": 35, "K": 64, "V": 64, "lengths": (20, 2), "gate": "raw", "H": 1, "HV": 2},
+    {"T": 70, "K": 128, "V": 64, "gate": "growing", "beta_sigmoid": True, "neg_eigval": True},
+    {"T": 70, "K": 64, "V": 64, "gate": "slow", "qk_l2norm": False},
     # gates nearly open, of gradients that are small, as of a mean over many tokens, or large
     {"T": 64, "K": 64, "V": 64, "gate": "raw", "lower_bound": -5.0, "open": 3.0, "size": 2.0**-40},
     {"T": 64, "K": 64, "V": 64, "gate": "raw", "lower_bound": -5.0, "open": 3.0, "size": 2.0**40},
+    # log-decays of -1e4, which would carry digits lost in their gradients into A_log's
+    {"T": 64, "K": 64, "V": 64, "gate": "raw", "open": -6.0, "steepest": 1e4, "size": 2.0**-40},
+    {"T": 64, "K": 64, "V": 64, "gate": "raw", "open": -6.0, "steepest": 1e4, "size": 2.0**40},
 )
 for case in cases:
-    size, opened = case.pop("size", 1.0), case.pop("open", None)
+    size, opened, steepest = (case.pop(name, None) for name in ("size", "open", "steepest"))
+    size = size or 1.0
     arguments, do, dstate = operands(**case)
     if opened is not None:
         arguments[3].mul_(0.3).add_(opened)
+    if steepest is not None:
+        arguments[3][:, 9::16] = steepest
     with mock.patch.object(portable, "chunk", lambda *sizes: 64):
         found = portable.backward(do * size, dstate * size, *arguments, made_by=Call)
     expected = eager.backward(do.double(), dstate.double(), *wide(arguments))
@@ -77,7 +95,7 @@ for case in cases:
 def test_emulated():
     printed = run_alone("-c", EMULATED)
     calls = [json.loads(line) for line in printed.splitlines()]
-    assert len(calls) == 8
+    assert len(calls) == 12
     for case, errors in calls:
         assert {"q", "k", "v", "g", "beta"} <= errors.keys() and max(errors.values()) < FP32, (
             case,
@@ -85,10 +103,16 @@ def test_emulated():
         )
 
 
+# Kernels that are not made for Hopper
+NO_OTHERS = mock.patch.multiple(
+    portable, launch=mock.DEFAULT, parameters_backward=lambda *_: (None, None)
+)
+
+
 def call(T=64, K=128, **more):
     """A backward pass whose kernels for Hopper alone are launched."""
     arguments, do, dstate = operands(T, K, K, torch.bfloat16, **more)
-    with mock.patch.object(portable, "launch"), mock.patch.multiple(hopper, **OTHERS):
+    with NO_OTHERS, mock.patch.multiple(hopper, **OTHERS):
         hopper.backward(do, dstate, *arguments)
 
 
@@ -98,6 +122,7 @@ def call(T=64, K=128, **more):
         {"gate": "raw", "lower_bound": -5.0},
         {"gate": "raw", "lengths": (0, 40, 24), "HV": 2},
         {"K": 64, "gate": "slow"},
+        {"K": 64, "gate": "slow", "qk_l2norm": False},
     ],
 )
 def test_compiles(more, tmp_path):
@@ -120,6 +145,22 @@ def test_other_lengths_compile_nothing_new():
     assert len(compiled) == 2
 
 
+def test_norms_need_no_kernel_of_their_own():
+    """Unless value heads share a key, whose gradients they sum."""
+
+    def launched(**more):
+        arguments, do, dstate = operands(64, 64, 64, torch.bfloat16, **more)
+        with (
+            mock.patch.object(portable, "launch") as launch,
+            mock.patch.multiple(hopper, **OTHERS),
+            mock.patch.multiple(hopper, run_states=mock.DEFAULT, run_gradients=mock.DEFAULT),
+        ):
+            hopper.backward(do, dstate, *arguments)
+        return unit_kernel in [call.args[0] for call in launch.call_args_list]
+
+    assert launched(HV=2) and not launched() and not launched(qk_l2norm=False)
+
+
 def test_what_it_does_not_take_goes_to_triton():
     def launched(K=128, V=64, dtype=torch.bfloat16, moved=False, **more):
         (q, *rest), do, dstate = operands(64, K, V, dtype, **more)
@@ -128,7 +169,7 @@ def test_what_it_does_not_take_goes_to_triton():
         with (
             mock.patch.multiple(hopper, **OTHERS),
             mock.patch.multiple(hopper, run_states=mock.DEFAULT, run_gradients=mock.DEFAULT) as own,
-            mock.patch.object(portable, "launch"),
+            NO_OTHERS,
         ):
             hopper.backward(do, dstate, q, *rest)
         across, within = (own[name].called for name in ("run_states", "run_gradients"))

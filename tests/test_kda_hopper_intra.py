@@ -21,8 +21,9 @@ from emulated_gluon import emulated
 from kda_operands import call_of, errors, operands
 
 torch.set_num_threads(1)
-names = "slots", "activations", "halving", "hopper_gradients", "hopper_intra", "hopper_halving"
-names = ("common.hopper", "common.kernels", *(f"kda.{name}" for name in (*names, "hopper")))
+names = "slots", "activations", "halving", "hopper_intra", "hopper_pairs", "hopper_gradients"
+names += "hopper_halving", "hopper"
+names = ("common.hopper", "common.kernels", *(f"kda.{name}" for name in names))
 with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, halving, hopper):
     pass
 halving.wide = lambda x: x.to(torch.float32)

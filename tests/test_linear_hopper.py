@@ -12,7 +12,6 @@ from alone import run_alone
 from compiling import before_arrivals, compiling, dumped
 
 from fla.ops.common import device
-from fla.ops.common import launch as launching
 from fla.ops.common.dispatch import Problem
 from fla.ops.common.hopper import descriptor
 from fla.ops.simple_gla import blocks, hopper
@@ -79,15 +78,6 @@ def test_emulated():
     for case, launches, found in calls:
         assert launches and found, case
         assert all(error <= 1e-3 for error, _ in found.values()), (case, found)
-
-
-def test_each_tile_has_a_kernel():
-    """Tiles of another size, or dtype, want another kernel; those of another tensor do not."""
-    kernel, x = mock.MagicMock(arg_names=["x", "desc"]), torch.zeros(1, 64, 1, 128)
-    with mock.patch.object(launching, "_compiled", {}):
-        for given, size in ((x, 64), (x, 128), (x.clone(), 64), (x.half(), 64), (x, 128)):
-            launching.launch(kernel, 1, (x,), (descriptor(given, 64, size),), {})
-    assert kernel.__getitem__.return_value.call_count == 3
 
 
 def test_rows_of_tiles_are_aligned():

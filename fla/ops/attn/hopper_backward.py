@@ -177,7 +177,7 @@ def dq_kernel(
 def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     """Return the gradients of q, k, v, g and the sink."""
     window = hiding(options.window_size, q.shape[1])
-    if takes(q, v, g, window) and pays(v, g, cu_seqlens, window):
+    if q.shape[-1] == v.shape[-1] == HEAD and pays(v, g, cu_seqlens, window):
         signed, scale = portable.rising(q, options.scale)
         tensors = dense(do, signed, k, v, o)
         if all(x.data_ptr() % 16 == 0 for x in tensors):
@@ -190,18 +190,13 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     return portable.backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options)
 
 
-def takes(q, v, g, window: int | None) -> bool:
-    """Whether the kernel can run a call: a window wants gates, without which it gains nothing."""
-    return q.shape[-1] == v.shape[-1] == HEAD and (window is None or g is not None)
-
-
 def pays(v, g, cu_seqlens, window: int | None) -> bool:
     """Whether a call is faster here than in Triton, by the measurements in benchmarks/NOTES.md."""
     B, T, H, _ = v.shape
     if T < 4096 or cdiv(T, KEYS.value) * H * B < 512:  # too few blocks to share out
         return False
     if g is None:
-        return cu_seqlens is None
+        return cu_seqlens is None and (window is None or window >= 512)
     long = cu_seqlens is None or T >= 512 * (cu_seqlens.shape[0] - 1)
     return long and (window is None or window >= 1024)
 

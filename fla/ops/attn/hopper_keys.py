@@ -132,6 +132,15 @@ def put(i_w: gl.constexpr, desc, p, tile, value, steps, H: gl.constexpr, PACKED:
         tma.store_wait(0)
 
 
+@gluon.jit
+def seen(b_s, i, j, window):
+    """Logits [ROWS, ROWS] of keys from j on with queries from i on, less what these do not see."""
+    LAYOUT: gl.constexpr = b_s.type.layout
+    o_i = i + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))[None, :]
+    o_j = j + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
+    return gl.where(sees(o_i, o_j, window), b_s, float("-inf"))
+
+
 @gluon.constexpr_function
 def shared_out(rows):
     """Where lanes that had columns of 2 · ``rows`` rows in common have half of them, of two rows.
@@ -207,14 +216,16 @@ def meet(
                 b_s += b_near + (rows.slice(3 * ROWS, ROWS, 1).load(PAIRS) - b_1)
             else:
                 b_s += b_0
-        if NEAR or window is not None:
-            o_i = gl.arange(0, ROWS, gl.SliceLayout(0, PAIRS))[None, :]
-            o_j = steps.j * KEYS + i_w * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, PAIRS))
-            if NEAR:
-                o_i += steps.queries(steps.near() + i) * ROWS
-            else:  # which step this is, only its rows say
-                o_i += rows.slice(2 * ROWS + 1, 1, 1).load(PAIRS).to(gl.int32, bitcast=True)
-            b_s = gl.where(sees(o_i, o_j[:, None], window), b_s, float("-inf"))
+        first = steps.j * KEYS + i_w * ROWS
+        if steps.BY_HEAD:
+            queries = steps.queries(m)
+            if steps.cut(queries, window):
+                b_s = seen(b_s, queries * ROWS, first, window)
+        elif NEAR:
+            b_s = seen(b_s, steps.queries(steps.near() + i) * ROWS, first, window)
+        elif window is not None:  # which step this is, only its rows say
+            at = rows.slice(2 * ROWS + 1, 1, 1).load(PAIRS).to(gl.int32, bitcast=True)
+            b_s = seen(b_s, at, first, window)
         b_p = power(b_s)
         b_dp = warpgroup_mma_wait(0, deps=(b_dp,))
         b_dst = b_p * (b_dp - rows.slice(ROWS, ROWS, 1).load(PAIRS))
@@ -263,7 +274,7 @@ def consume(
         b_dv = gl.zeros([ROWS, D], gl.float32, ACC)
         mbarrier.wait(ready.index(0), 0)
         m = steps.j * 0
-        for near in gl.static_range(2):
+        for near in gl.static_range(1 if steps.BY_HEAD else 2):
             count = steps.far if near == 0 else steps.count() - steps.near()
             m, b_dk, b_dv = meet(
                 i_w, m, count, b_dk, b_dv, k, v, parts, offered, taken, k_tiles, q_ring, do_ring,
@@ -335,7 +346,7 @@ def hopper_backward_kernel(
     ready = new_barriers(1 + PACKED, 1)
     fence_async_shared()
     tile = gl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
-    steps = new_steps(tile, latest, cu_seqlens, N, T, intervals, H, G)
+    steps = new_steps(tile, latest, cu_seqlens, window, N, T, intervals, H, G)
     # What partitions are given goes where warps have just read the ticket, or the latest query;
     # for these accesses the compiler places no barrier.
     gl.thread_barrier()
@@ -361,16 +372,16 @@ def hopper_backward_kernel(
                 produce,
                 (
                     q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, k_tiles, v_tiles,
-                    ready, q_ring, do_ring, row_tiles, gate_tiles, needed, steps, PACKED,
+                    ready, q_ring, do_ring, row_tiles, gate_tiles, needed, window, steps, PACKED,
                 ),
             ),
-            (await_turns, (come, told, turns, needed, steps)),
-            (pass_turns, (added, told, turns, needed, steps)),
+            (await_turns, (come, told, turns, needed, window, steps)),
+            (pass_turns, (added, told, turns, needed, window, steps)),
             (
                 add,
                 (
                     come, added, parts, offered, taken, row_parts, column_parts, row_sums,
-                    column_sums, sums, needed, steps,
+                    column_sums, sums, needed, window, steps,
                 ),
             ),
         ],

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
-from fla.ops.attn.blocks import SEARCH, SPAN, first_slot, place_of, sequence_at
+from fla.ops.attn.blocks import SEARCH, SPAN, first_interval_seen, first_slot, place_of, sequence_at
 from fla.ops.common.hopper import along, arrive, wait_before, wait_for
 from fla.ops.common.kernels import sequence
 
@@ -30,8 +30,11 @@ class Steps:
     """What a program goes through: blocks of queries, the last one first, each for G heads.
 
     Only those that need the program's keys: so many ``far`` ones, and then those that lie in the
-    keys' own interval j, up to block ``top``.  The sequence has ``live`` tokens from token ``bos``
-    of ``row`` on, and intervals from ``slot`` on, of the ``intervals`` that a head has.
+    keys' own interval j, up to block ``top``.  BY_HEAD all blocks of a head come one after another,
+    and all are called far: where programs are of one length, as in a window, each meets a block of
+    queries two steps after the one before it, and finds it in the second-level cache.  The sequence
+    has ``live`` tokens from token ``bos`` of ``row`` on, and intervals from ``slot`` on, of the
+    ``intervals`` that a head has.
     """
 
     i_h: gl.tensor
@@ -45,9 +48,10 @@ class Steps:
     far: gl.tensor
     intervals: gl.tensor
     G: gl.constexpr
+    BY_HEAD: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, i_h, row, bos, live, slot, j, last, top, far, intervals, G):
+    def __init__(self, i_h, row, bos, live, slot, j, last, top, far, intervals, G, BY_HEAD):
         self.i_h = i_h
         self.row = row
         self.bos = bos
@@ -59,11 +63,22 @@ class Steps:
         self.far = far
         self.intervals = intervals
         self.G = gl.constexpr(G)
+        self.BY_HEAD = gl.constexpr(BY_HEAD)
+
+    @gluon.jit
+    def blocks(self):
+        """How many blocks of queries a head has; none where the interval has no keys."""
+        return self.last + 1 - self.j * (KEYS // ROWS)
 
     @gluon.jit
     def count(self):
-        """How many there are, needed or not; none where the interval has no keys."""
-        return (self.last + 1 - self.j * (KEYS // ROWS)) * self.G
+        """How many steps there are, needed or not."""
+        return self.blocks() * self.G
+
+    @gluon.jit
+    def cut(self, queries, window):
+        """Whether some of a block of queries do not see all of the keys."""
+        return (queries <= self.top) | (queries >= (self.j * KEYS + window) // ROWS)
 
     @gluon.jit
     def near(self):
@@ -73,12 +88,20 @@ class Steps:
     @gluon.jit
     def queries(self, n):
         """The block of queries of step n."""
-        return self.last - n // self.G
+        if self.BY_HEAD:
+            i = n % gl.maximum(self.blocks(), 1)
+        else:
+            i = n // self.G
+        return self.last - i
 
     @gluon.jit
     def head(self, n):
         """The query head of step n."""
-        return self.i_h * self.G + n % self.G
+        if self.BY_HEAD:
+            i = n // gl.maximum(self.blocks(), 1)
+        else:
+            i = n % self.G
+        return self.i_h * self.G + i
 
     @gluon.jit
     def interval(self, n):
@@ -91,10 +114,13 @@ class Steps:
         return self.interval(n) * (KEYS // ROWS) + self.queries(n)
 
     @gluon.jit
-    def next(self, n, needed):
+    def next(self, n, needed, window):
         """The first step from n on whose queries need the keys, and the first keys that they do."""
         first = self.j * 0
-        if needed is not None:
+        if needed is None:
+            if window is not None:
+                first = first_interval_seen(self.queries(n) * ROWS, window)
+        else:
             first = gl.load(needed + self.block(n), mask=n < self.count(), other=0)
             while first > self.j:
                 n += 1
@@ -103,7 +129,7 @@ class Steps:
 
 
 @gluon.jit
-def new_steps(tile, latest, cu_seqlens, N, T, intervals, H: gl.constexpr, G: gl.constexpr):
+def new_steps(tile, latest, cu_seqlens, window, N, T, intervals, H: gl.constexpr, G: gl.constexpr):
     """What a program does, which takes a ``tile``: of a sequence, the first keys come first.
 
     ``latest`` [2, H, intervals] says which block of queries is the last that needs no keys before
@@ -122,7 +148,11 @@ def new_steps(tile, latest, cu_seqlens, N, T, intervals, H: gl.constexpr, G: gl.
     row, bos = place_of(cu_seqlens, n, bos)
     last = gl.cdiv(live, ROWS) - 1
     top = gl.minimum((j + 1) * (KEYS // ROWS) - 1, last)
-    if latest is None:
+    BY_HEAD: gl.constexpr = (latest is None) and (window is not None)
+    if BY_HEAD:
+        last = gl.minimum(last, (j * KEYS + KEYS - 2 + window) // ROWS)
+        far = (last + 1 - j * (KEYS // ROWS)) * G
+    elif latest is None:
         far = (last - top) * G
     else:
         last = top
@@ -133,7 +163,7 @@ def new_steps(tile, latest, cu_seqlens, N, T, intervals, H: gl.constexpr, G: gl.
             m_x = (o_x <= j) & (live > 0)
             last = gl.maximum(last, gl.max(gl.load(p + o_x, mask=m_x, other=-1), 0))
             far += gl.sum(gl.load(p + H * intervals + o_x, mask=m_x, other=0), 0)
-    return Steps(i_h, row, bos, live, slot, j, last, top, far, intervals, G)
+    return Steps(i_h, row, bos, live, slot, j, last, top, far, intervals, G, BY_HEAD)
 
 
 @gluon.jit
@@ -159,7 +189,7 @@ def clear(tile, live):
 @gluon.jit
 def produce(
     q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, k_tiles, v_tiles, ready,
-    q_ring, do_ring, row_tiles, gate_tiles, needed, steps, PACKED: gl.constexpr,
+    q_ring, do_ring, row_tiles, gate_tiles, needed, window, steps, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Copy the program's keys and values; then of each step q with its rows and gates, and do.
 
@@ -188,13 +218,13 @@ def produce(
                 mbarrier.arrive(ready.index(0), count=1)
     m = steps.j * 0
     cleared = steps.j * 0
-    n, _ = steps.next(m, needed)
+    n, _ = steps.next(m, needed, window)
     while n < steps.count():
         place = [steps.row, steps.bos + steps.queries(n) * ROWS, steps.head(n), 0]
         left = steps.live - steps.queries(n) * ROWS
         i_r = steps.block(n)
         i_g = steps.interval(n) + steps.j
-        later, _ = steps.next(n + 1, needed)
+        later, _ = steps.next(n + 1, needed, window)
         stage = m % STAGES
         at = stage
         if PACKED:
@@ -233,26 +263,26 @@ def produce(
 
 
 @gluon.jit
-def await_turns(come, told, turns, needed, steps):
+def await_turns(come, told, turns, needed, window, steps):
     """Say of each step when all programs before this one have added to its dq."""
     m = steps.j * 0
-    n, _ = steps.next(m, needed)
+    n, _ = steps.next(m, needed, window)
     while n < steps.count():
         while gl.atomic_add(turns + steps.block(n), 0, sem="acquire", scope="gpu") < steps.j:
             pass
-        n, _ = steps.next(n + 1, needed)
+        n, _ = steps.next(n + 1, needed, window)
         wait_before(told, m)
         arrive(come, m)
         m += 1
 
 
 @gluon.jit
-def pass_turns(added, told, turns, needed, steps):
+def pass_turns(added, told, turns, needed, window, steps):
     """Tell the next program of each step that has been added."""
     m = steps.j * 0
-    n, _ = steps.next(m, needed)
+    n, _ = steps.next(m, needed, window)
     while n < steps.count():
-        later, _ = steps.next(n + 1, needed)
+        later, _ = steps.next(n + 1, needed, window)
         wait_for(added, m)
         gl.atomic_xchg(turns + steps.block(n), steps.j + 1, sem="release", scope="gpu")
         arrive(told, m)
@@ -263,21 +293,21 @@ def pass_turns(added, told, turns, needed, steps):
 @gluon.jit
 def add(
     come, added, parts, offered, taken, row_parts, column_parts, row_sums, column_sums, sums,
-    needed, steps,
+    needed, window, steps,
 ):  # fmt: skip
     """Add to the sums what both consumers offer of a step, when its turn has come."""
     SIZE: gl.constexpr = parts.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     o_x = gl.arange(0, LINE, LAYOUT)
     m = steps.j * 0
-    n, first = steps.next(m, needed)
+    n, first = steps.next(m, needed, window)
     while n < steps.count():
         block = steps.block(n)
         p = sums + block.to(gl.int64) * (2 * SIZE)
         p_row = block.to(gl.int64) * ROWS
         p_column = (steps.interval(n) + steps.j).to(gl.int64) * KEYS
         opens = first == steps.j
-        n, first = steps.next(n + 1, needed)
+        n, first = steps.next(n + 1, needed, window)
         wait_for(come, m)
         for i_w in gl.static_range(2):
             wait_for(offered, 2 * m + i_w)

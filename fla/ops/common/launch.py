@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from triton import knobs
 
 # Compiled kernels, and the values of their constants in the order of their parameters
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
@@ -14,6 +15,13 @@ def _kind(x: Any) -> Any:
     """What of a number, or of a tensor in tiles, a kernel is compiled for."""
     tile = getattr(x, "block_shape", None)
     return type(x) if tile is None else (x.base.dtype, *tile)
+
+
+def _observed() -> bool:
+    """Whether somebody, a profiler say, wants to hear from Triton of every launch."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def launch(
@@ -52,9 +60,16 @@ def launch(
             bits |= address
     aligned = bits % 16 == 0
     key = (kernel.fn, device, *dtypes, *map(_kind, numbers), *constants, *constants.values())
-    if aligned and key in _compiled:
-        compiled, values = _compiled[key]
-        compiled[grid](*addresses, *numbers, *values)
+    found = _compiled.get(key) if aligned else None
+    if found is not None:
+        compiled, values = found
+        if _observed():
+            compiled[grid](*addresses, *numbers, *values)
+        else:  # what that does, but for what only an observer needs
+            compiled.run(
+                *grid, torch._C._cuda_getCurrentRawStream(device), compiled.function,
+                compiled.packed_metadata, None, None, None, *addresses, *numbers, *values,
+            )  # fmt: skip
         return
     compiled = kernel[grid](*tensors, *numbers, **constants)
     if aligned and compiled is not None:  # the interpreter compiles nothing

@@ -1,4 +1,4 @@
-"""``fused_kda_gate`` on a GPU: one kernel each way, at the speed of memory."""
+"""``fused_kda_gate`` on a GPU: one kernel each way, and one for the sums that parameters get."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from fla.ops.kda.activations import log_decay_backward, sigmoid, softplus
 _TILE, _WIDEST = 4096, 512
 # Programs a multiprocessor in the backward pass, each of which leaves a row of sums.
 _WAVES = 8
+# Rows and channels that a program adds up at a time
+_SUMS, _CHANNELS = 256, 16
 
 
 @triton.jit
@@ -52,13 +54,13 @@ def gate_kernel(
 
 @triton.jit(do_not_specialize=["rows", "programs"])
 def gate_backward_kernel(
-    g, dy, A_log, dt_bias, dg, dA_log, ddt_bias, lower_bound, rows, programs, D, K,
+    g, dy, A_log, dt_bias, dg, drates, dbiases, lower_bound, rows, programs, D, K,
     BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The gradient of g, and of a program's rows the sums that those of the parameters add up.
 
     Program i of ``programs`` takes every ``programs``-th tile [BR, BD] of BD channels, and writes
-    row i of dA_log and ddt_bias [programs, D].
+    row i of drates and dbiases [programs, D].
     """
     blocks = tl.cdiv(D, BD)
     i_program = tl.program_id(0) // blocks
@@ -77,10 +79,41 @@ def gate_backward_kernel(
         tl.store(dg + o, b_dx.to(dg.dtype.element_ty), m)
         b_drates += tl.sum(b_drate, 0)
         b_dbiases += tl.sum(b_dx, 0)
-    if dA_log is not None:
-        tl.store(dA_log + i_program * D + o_d, b_drates, m_d)
+    if drates is not None:
+        tl.store(drates + i_program * D + o_d, b_drates, m_d)
+        tl.store(dbiases + i_program * D + o_d, b_dbiases, m_d)
+
+
+@triton.jit
+def sum_of_rows(x, o_d, m_d, rows, stride, BR: tl.constexpr):
+    """The sums [BD] of columns o_d over rows that lie ``stride`` apart, in a fixed order."""
+    o_r = tl.arange(0, BR)
+    b_sums = tl.zeros([BR, o_d.shape[0]], tl.float32)
+    for i in range(0, rows, BR):
+        o = (i + o_r).to(tl.int64)[:, None] * stride + o_d[None, :]
+        b_sums += tl.load(x + o, (i + o_r < rows)[:, None] & m_d[None, :], 0)
+    return tl.sum(b_sums, 0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def parameters_kernel(
+    drates, dbiases, dA_log, ddt_bias, rows,
+    HV: tl.constexpr, K: tl.constexpr, RATES: tl.constexpr, BIASES: tl.constexpr,
+    BR: tl.constexpr, BD: tl.constexpr, BA: tl.constexpr,
+):  # fmt: skip
+    """dA_log [HV], ddt_bias [HV, K] from drates [rows, HV, RATES], dbiases [rows, HV, BIASES]."""
+    blocks: tl.constexpr = (K + BD - 1) // BD
+    i_hv = tl.program_id(0) // blocks
+    i_d = tl.program_id(0) % blocks
     if ddt_bias is not None:
-        tl.store(ddt_bias + i_program * D + o_d, b_dbiases, m_d)
+        o_d = i_d * BD + tl.arange(0, BD)
+        b_bias = sum_of_rows(dbiases + i_hv * BIASES, o_d, o_d < K, rows, HV * BIASES, BR)
+        tl.store(ddt_bias + i_hv * K + o_d, b_bias.to(ddt_bias.dtype.element_ty), o_d < K)
+    if dA_log is not None:
+        if i_d == 0:
+            o_a = tl.arange(0, BA)
+            b_rates = sum_of_rows(drates + i_hv * RATES, o_a, o_a < RATES, rows, HV * RATES, BR)
+            tl.store(dA_log + i_hv, tl.sum(b_rates, 0).to(dA_log.dtype.element_ty))
 
 
 def forward(g, A_log, dt_bias, lower_bound, output_dtype):
@@ -105,23 +138,41 @@ def backward(g, dy, A_log, dt_bias, lower_bound):
     rows, D, BR, BD = _tiles(g)
     blocks = cdiv(D, BD)
     programs = min(cdiv(rows, BR), cdiv(_WAVES * multiprocessors(g.device), max(blocks, 1)))
-    dA_log, ddt_bias = (
-        None if x is None else x.new_empty(programs, *g.shape[-2:], dtype=torch.float32)
-        for x in (A_log, dt_bias)
-    )
+    drates = dbiases = None
+    if A_log is not None or dt_bias is not None:
+        drates, dbiases = g.new_empty(2, programs, *g.shape[-2:], dtype=torch.float32).unbind(0)
     if rows * D:
         launch(
             gate_backward_kernel,
             programs * blocks,
-            (g, dy, A_log, dt_bias, dg, dA_log, ddt_bias),
+            (g, dy, A_log, dt_bias, dg, drates, dbiases),
             (lower_bound, rows, programs),
             {"D": D, "K": g.shape[-1], "BR": BR, "BD": BD},
         )
-    return (
-        dg,
-        None if dA_log is None else dA_log.sum((0, 2)),
-        None if ddt_bias is None else ddt_bias.sum(0),
-    )
+    return dg, *parameters_backward(A_log, dt_bias, drates, dbiases)
+
+
+def parameters_backward(A_log, dt_bias, drates, dbiases):
+    """The gradients of A_log and dt_bias, None where they are not there.
+
+    They are what drates [rows, HV, any] add up to over rows and the last axis, and over rows the
+    first columns of dbiases [rows, HV, K or more]; both are None where neither parameter is there.
+    """
+    dA_log, ddt_bias = (None if x is None else x.new_empty(x.shape) for x in (A_log, dt_bias))
+    if drates is not None:
+        (rows, HV, RATES), BIASES = drates.shape, dbiases.shape[2]
+        K = BIASES if dt_bias is None else dt_bias.numel() // max(HV, 1)
+        launch(
+            parameters_kernel,
+            HV * cdiv(K, _CHANNELS),
+            (drates, dbiases, dA_log, ddt_bias),
+            (rows,),
+            {
+                "HV": HV, "K": K, "RATES": RATES, "BIASES": BIASES, "BR": _SUMS, "BD": _CHANNELS,
+                "BA": power_of_two(RATES),
+            },
+        )  # fmt: skip
+    return dA_log, ddt_bias
 
 
 def _tiles(g):

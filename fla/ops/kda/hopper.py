@@ -16,7 +16,7 @@ from fla.ops.kda.hopper_scan import run_scan
 from fla.ops.kda.hopper_states import run_states
 
 # Scans of fewer elements are short beside the host's time to describe their tensors
-SMALLEST = 1 << 24
+SMALLEST = 1 << 25
 
 
 class Call(portable.Call):
@@ -51,12 +51,21 @@ class Call(portable.Call):
     def across(self, do, *results) -> None:
         if not self._takes_gradients():
             return super().across(do, *results)
-        run_states(self, do if do.data_ptr() % 16 == 0 else do.clone(), *results)
+        do = do if do.data_ptr() % 16 == 0 else do.clone()
+        self.radial = None
+        if self._finishes() and self.options.qk_l2norm:
+            self.radial = self.workspace(2, self.C, dtype=torch.float32)
+        run_states(self, do, self.radial, *results)
 
-    def within(self, *operands) -> None:
+    def within(self, *operands) -> tuple[Tensor, Tensor]:
         if not self._takes_gradients():
             return super().within(*operands)
-        run_gradients(self, *operands)
+        if not self._finishes():
+            run_gradients(self, *operands, None, None, None)
+            return self.units()
+        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
+        run_gradients(self, *operands, self.radial, dq, dk)
+        return dq, dk
 
     def _takes_chunks(self) -> bool:
         aligned = all(x.data_ptr() % 16 == 0 for x in (self.q, self.k, self.g))
@@ -65,6 +74,10 @@ class Call(portable.Call):
     def _takes_gradients(self) -> bool:
         """One answer for both kernels: the second takes pairs as the first leaves them."""
         return self._takes_chunks() and self.V in (64, 128)
+
+    def _finishes(self) -> bool:
+        """Whether these two kernels make dq and dk: value heads that share a key sum theirs."""
+        return self.HV == self.H
 
     def _takes_scan(self, other: Tensor) -> bool:
         return (

@@ -14,8 +14,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from fla.ops.common.hopper import along
 from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
-from fla.ops.kda.activations import LOG2E, decay_of, log_decay, sigmoid
+from fla.ops.kda.activations import LOG2E, decay_of, sigmoid
 from fla.ops.kda.halving import TILE, load_rate, middle, replaced, weight_of
+from fla.ops.kda.hopper_intra import decays_of
+from fla.ops.kda.hopper_pairs import gains_at, put_step, rooms, through_pairs
 from fla.ops.kda.slots import locate
 from fla.ops.kda.triton import GRADIENTS, Call
 
@@ -181,7 +183,7 @@ def gates_at(tile, bias, rate, lower_bound, m_t, GATE: gl.constexpr):
         decay = x * gl.where(m_t, lower_bound * LOG2E, 0.0)
     else:
         x += bias
-        decay = gl.where(m_t, log_decay(x, rate, lower_bound, GATE), 0.0)
+        decay = gl.where(m_t, decays_of(x, 0.0, rate, lower_bound, GATE), 0.0)
     return x, decay
 
 
@@ -199,39 +201,13 @@ def gates_backward(tile, x, decay, dg, bias, rate, lower_bound, m_t, GATE: gl.co
     return dx, drate
 
 
-@gluon.jit
-def through_level(level, q, k, g, dms, das, dq, dk, dg):
-    """``chunk_gradients.through_level`` with the pairs below the diagonal, and their transposes."""
-    o_r = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(1, _RIGHT)), 1)
-    o_c = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(0, _RIGHT)), 0)
-    row = o_r >> level
-    column = o_c >> level
-    # where the gate of o_r lies between token o_c and its level's boundary, and the reverse
-    near = row == column
-    segment = as_mask(near & (((column & 1) == 1) == (o_r <= o_c)))
-    back = as_mask(near & (((row & 1) == 1) == (o_c <= o_r)))
-    below = (row == column + 1) & ((row & 1) == 1)
-    above = (column == row + 1) & ((column & 1) == 1)
-    zero = gl.zeros([CHANNELS, TILE], gl.float32, _ACC)
-    decay = decay_of(sums(g, segment, zero))
-    qd = q * decay
-    kd = k * decay
-    none = gl.zeros([TILE, TILE], gl.bfloat16, _RIGHT)
-    dm = gl.where(below, dms[0], none)
-    da = gl.where(below, das[0], none)
-    dqd = times(kd, gl.where(above, dms[1], none), zero)
-    dkd = times(kd, gl.where(above, das[1], none), times(kd, da, times(qd, dm, zero)))
-    dg = times(qd * dqd + kd * dkd, back, dg)
-    return dq + decay * dqd, dk + decay * dkd, dg
-
-
 @gluon.jit(do_not_specialize=["T", "rows"])
 def hopper_gradients_kernel(
     q, k, g, A_log, dt_bias, cu_seqlens, factors, near, dq_in, dk_in, dk_out, through,
-    dqueries, dkeys, own, dg, dA_log, ddt_bias,
+    dqueries, dkeys, own, dg, dA_log, ddt_bias, radial, dq, dk,
     scale, lower_bound, T, rows,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
-    GATE: gl.constexpr, FORGETS: gl.constexpr,
+    GATE: gl.constexpr, FORGETS: gl.constexpr, FAR: gl.constexpr,
 ):  # fmt: skip
     """``gradients_kernel`` for chunks of 64 in bf16, a row i of block a and a key j of block b < a
 
@@ -239,6 +215,11 @@ def hopper_gradients_kernel(
 
     decayed over one block after the other: what a row gains from the keys of block b passes the
     blocks between before what the next block gives is added, a key's gains likewise from behind.
+
+    Unless ``dq`` is None the gradients of raw q and k go there and to ``dk``, with ``radial`` of
+    the kernel before where q and k were normalised:
+
+        dx = f dy − x f² (y·dy)    y = f x
     """
     BLOCKS: gl.constexpr = K // CHANNELS
     i_block = gl.program_id(0) % BLOCKS
@@ -253,6 +234,9 @@ def hopper_gradients_kernel(
     first = i_block * CHANNELS
     channel = first + gl.arange(0, CHANNELS, _CHANNEL)
     p_dg = dg + (token * HV + i_hv) * K + first
+    if dq is not None:
+        dq += (token * H + i_h) * K + first
+        dk += (token * H + i_h) * K + first
 
     if i_c * C >= live:  # padding has no gradient, nor has a slot that no chunk fills
         if dA_log is not None:
@@ -262,6 +246,11 @@ def hopper_gradients_kernel(
         o_x, o_t = lines(HV * K)
         b_zero = gl.zeros([C, CHANNELS], dg.dtype.element_ty, _LINES)
         gl.store(p_dg + o_x, b_zero, o_t < left)
+        if dq is not None:
+            o_x, o_t = lines(H * K)
+            b_zero = gl.zeros([C, CHANNELS], dq.dtype.element_ty, _LINES)
+            gl.store(dq + o_x, b_zero, o_t < left)
+            gl.store(dk + o_x, b_zero, o_t < left)
         return
 
     padded = place * (C * K) + first
@@ -270,11 +259,15 @@ def hopper_gradients_kernel(
     out_tiles = copied(dk_out + padded, K, C)
     norms = copied_vector(factors + place * (2 * C), 2 * C)
     async_copy.commit_group()
+    if FAR:
+        owns = copied_vector(own + place * C, C)
     q_tiles = copied(q + (token * H + i_h) * K + first, H * K, left)
     dq_tiles = copied(dq_in + padded, K, C)
     dk_tiles = copied(dk_in + padded, K, C)
     dm_blocks = copied_pairs(dqueries + place * (C * C))
     da_blocks = copied_pairs(dkeys + place * (C * C))
+    if radial is not None:
+        radials = copied_vector(radial + place * (2 * C), 2 * C)
     async_copy.commit_group()
     rate = load_rate(A_log, i_hv, GATE)
     b_bias = gl.zeros([CHANNELS], gl.float32, _CHANNEL)
@@ -283,8 +276,11 @@ def hopper_gradients_kernel(
             b_bias = gl.load(dt_bias + i_hv * K + channel).to(gl.float32)
     b_bias = gl.expand_dims(b_bias, 1)
     b_through = gl.expand_dims(gl.load(through + place * K + channel), 1)
-    near += place * TILES
-    r_near = gl.load(near), gl.load(near + 1), gl.load(near + 2), gl.load(near + 3)
+    if FAR:  # unless a lower bound keeps all blocks near
+        near += place * TILES
+        r_near = gl.load(near), gl.load(near + 1), gl.load(near + 2), gl.load(near + 3)
+        far = r_near[0] + r_near[1] + r_near[2] + r_near[3] < C
+        room = rooms()
 
     o_r = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(1, _RIGHT)), 1)
     o_c = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(0, _RIGHT)), 0)
@@ -310,6 +306,9 @@ def hopper_gradients_kernel(
             b_k * weight_of(sums(b_g, mask.permute((1, 0)).load(_RIGHT), zero), FORGETS)
         )
         put_side(ends.index(i_b), b_end)
+        if FAR:
+            if far:
+                put_step(room, i_b, weight_of(b_g, FORGETS))
         b_out = gl.sum(b_end32 * side(out_tiles.index(i_b)), 1) * decay_of(b_rest)
         b_total = gl.sum(b_g, 1)
         outs.index(i_b).store(b_out)
@@ -318,6 +317,14 @@ def hopper_gradients_kernel(
     b_through *= gl.expand_dims(decay_of(b_rest), 1)
 
     async_copy.wait_group(0)
+    if FAR:
+        if far:
+            for r in gl.static_range(TILES // 2):
+                if r_near[2 * r] + r_near[2 * r + 1] < 2 * TILE:
+                    through_pairs(
+                        room, q_tiles, k_tiles, dm_blocks, da_blocks, norms, owns, scale,
+                        r, FORGETS,
+                    )  # fmt: skip
     b_drate = part_of(zero)
     b_dbias = b_drate
     # what gates gain between the state or a key before their block, and rows behind it
@@ -359,7 +366,7 @@ def hopper_gradients_kernel(
         # pairs in this block
         dms = pairs_of(dm_blocks, a, a)
         das = pairs_of(da_blocks, a, a)
-        if r_near[a] == TILE:
+        if not FAR or r_near[a] == TILE:
             # what enters a product twice is rounded once: the gradients of the two exponents of a
             # pair cancel where both sum the same gate
             b_low, b_high = middle(b_prefix)
@@ -376,23 +383,22 @@ def hopper_gradients_kernel(
             b_gain *= channels_of(decays.index(a)) * b_high
             b_dk = b_up * b_dk + b_inverse * (b_dki + b_gain)
         else:
-            # read again rather than kept over the way that most blocks take
-            _, b_g = gates_at(g_tiles.index(a), b_bias, rate, lower_bound, m_t, GATE)
-            b_q = side(q_tiles.index(a)) * (tokens_of(norms.index(a)) * scale)
-            b_k = side(k_tiles.index(a)) * tokens_of(norms.index(TILES + a))
-            b_own = gl.expand_dims(
-                gl.load(own + place * C + a * TILE + gl.arange(0, TILE, _TOKEN)), 0
-            )
+            own_dq, own_dk, own_dg = gains_at(room, a)
             b_dexponent = b_qd32 * b_dq + b_kd32 * b_dk
+            b_dg += side(own_dg)
             b_down = weight_of(sums(b_g, mask.permute((1, 0)).load(_RIGHT), zero), FORGETS)
-            b_dq = b_up * b_dq + b_own * b_k
-            b_dk = b_up * b_dk + b_own * b_q + b_down * b_gain
-            for level in range(4):
-                b_dq, b_dk, b_dg = through_level(level, b_q, b_k, b_g, dms, das, b_dq, b_dk, b_dg)
+            b_dq = b_up * b_dq + side(own_dq)
+            b_dk = b_up * b_dk + b_down * b_gain + side(own_dk)
         b_dg = sums(b_dexponent, mask.permute((1, 0)).load(_RIGHT), b_dg + b_dexponent)
         b_dx, b_share = gates_backward(
             g_tiles.index(a), b_x, b_g, b_dg, b_bias, rate, lower_bound, m_t, GATE
         )
+        if dq is not None:
+            b_dq *= tokens_of(norms.index(a)) * scale
+            b_dk *= tokens_of(norms.index(TILES + a))
+        if radial is not None:
+            b_dq -= side(q_tiles.index(a)) * tokens_of(radials.index(a))
+            b_dk -= side(k_tiles.index(a)) * tokens_of(radials.index(TILES + a))
         # rows for keys before them, in place of what they were made of
         put_side(q_tiles.index(a), b_qd)
         put_side(k_tiles.index(a), b_kd)
@@ -406,8 +412,12 @@ def hopper_gradients_kernel(
     if ddt_bias is not None:
         b_dbias = gl.convert_layout(gl.sum(b_dbias, 1), _CHANNEL)
         gl.store(ddt_bias + place * K + channel, b_dbias)
-    put(dq_in + padded, K, C, dq_tiles)
-    put(dk_in + padded, K, C, dk_tiles)
+    if dq is not None:
+        put(dq, H * K, left, dq_tiles)
+        put(dk, H * K, left, dk_tiles)
+    else:
+        put(dq_in + padded, K, C, dq_tiles)
+        put(dk_in + padded, K, C, dk_tiles)
     put(p_dg, HV * K, left, g_tiles)
 
 
@@ -423,6 +433,6 @@ def run_gradients(call: Call, *operands) -> None:
         (call.options.scale, call.lower_bound, call.T, call.rows),
         {
             "H": call.H, "HV": call.HV, "K": call.K, "GATE": call.options.gate,
-            "FORGETS": call.forgets, "num_warps": 4,
+            "FORGETS": call.forgets, "FAR": not call.all_near, "num_warps": 4,
         },
     )  # fmt: skip

@@ -50,22 +50,30 @@ def copied(p, ROWS: gl.constexpr, COLUMNS: gl.constexpr, stride, left):
 
 @gluon.jit
 def put(p, x, COLUMNS: gl.constexpr):
-    """Store an accumulator [C, COLUMNS] in lines, by way of shared memory."""
+    """Store an accumulator [C, COLUMNS] in lines, by way of shared memory, and return these."""
     x = gl.convert_layout(x.to(p.dtype.element_ty), _LINES)
     gl.store(p + lines(C, COLUMNS, COLUMNS), x)
+    return x
 
 
 @gluon.jit(do_not_specialize=["T", "rows"])
 def hopper_states_kernel(
-    do, beta, cu_seqlens, betas, values, solved, states, dstates,
-    dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through,
+    do, v, beta, cu_seqlens, betas, factors, queries, values, solved, states, dstates,
+    dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through, radial,
     T, rows,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     BETA_SIGMOID: gl.constexpr, BETA_RANGE: gl.constexpr,
 ):  # fmt: skip
     """What ``adjoint_kernel`` and ``through_states_kernel`` make, of one chunk and value head.
 
-    But dM and dA as lower triangles, dM with its diagonal, as the next kernel multiplies them.
+    But dM and dA as lower triangles, dM with its diagonal, as the next kernel multiplies them, and
+    in ``radial``, unless that is None, how much of raw q and k their norms take away from dq and
+    dk: the squares of the norms' factors times, with q and k as norms leave them,
+
+        q·dq = Σ_j M_ij dM_ij + q_in·dq_in    k·dk = β u·(2 w − v)
+
+    A key gains −β u·(v − w) as a row of A and of k_in, β u·w from what comes behind it.  ``dq_in``
+    takes the place of q_in, which is read here before.
     """
     i_slot = gl.program_id(0) // HV
     i_hv = gl.program_id(0) % HV
@@ -80,25 +88,34 @@ def hopper_states_kernel(
     m_line = gl.expand_dims(o_line < left, 1)
     p_dv = dv + (token * HV + i_hv) * V + lines(C, V, HV * V)
     o_c = gl.arange(0, C, _ROW)
-    p_dbeta = dbeta + (token + o_c) * HV + i_hv
+    p_dbeta = dbeta + (token + o_line) * HV + i_hv
     if i_c * C >= live:  # padding has no gradient
         gl.store(p_dv, gl.zeros([C, V], dv.dtype.element_ty, _LINES), m_line)
-        gl.store(p_dbeta, gl.zeros([C], dbeta.dtype.element_ty, _ROW), o_c < left)
+        gl.store(p_dbeta, gl.zeros([C], dbeta.dtype.element_ty, _LINE), o_line < left)
         return
 
     do_tile = copied(do + (token * HV + i_hv) * V, C, V, HV * V, left)
     w_tile = copied(values + place * (C * V), C, V, V, C)
     u_tile = copied(solved + place * (C * V), C, V, V, C)
     async_copy.commit_group()
-    s_tile = copied(states + place * (V * K), V, K, K, V)
-    async_copy.commit_group()
     ds_tile = copied(dstates + place * (V * K), V, K, K, V)
+    async_copy.commit_group()
+    s_tile = copied(states + place * (V * K), V, K, K, V)
     async_copy.commit_group()
     betas += place * C
     b_beta = gl.load(betas + o_c)
-    b_line = gl.expand_dims(gl.load(betas + o_line), 1)
+    b_line = gl.load(betas + o_line)
     b_column = gl.expand_dims(gl.load(betas + gl.arange(0, C, gl.SliceLayout(0, _ACC))), 0)
-    b_raw = gl.load(beta + (token + o_c) * HV + i_hv, o_c < left, 0).to(gl.float32)
+    b_raw = gl.load(beta + (token + o_line) * HV + i_hv, o_line < left, 0).to(gl.float32)
+    o_row = gl.expand_dims(o_c, 1)
+    o_column = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(0, _ACC)), 0)
+    p_pairs = place * (C * C) + o_row * C + o_column
+    if radial is not None:
+        radial += place * (2 * C) + o_line
+        factors += place * (2 * C) + o_line
+        b_factor = gl.load(factors + C)
+        b_v = gl.load(v + (token * HV + i_hv) * V + lines(C, V, HV * V), m_line, 0)
+        b_m = gl.load(queries + p_pairs)
 
     async_copy.wait_group(2)
     b_ow = gl.zeros([C, C], gl.float32, _ACC)
@@ -107,20 +124,38 @@ def hopper_states_kernel(
         b_w = w_tile.slice(i * STEP, STEP, 1).permute((1, 0)).load(_RIGHT)
         b_ow = mma_v2(do_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_w, b_ow)
         b_uw = mma_v2(u_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_w, b_uw)
-    gl.store(p_dv, (u_tile.load(_LINES).to(gl.float32) * b_line).to(dv.dtype.element_ty), m_line)
-    o_column = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(0, _ACC)), 0)
-    o_row = gl.expand_dims(o_c, 1)
-    b_dbeta = gl.sum(gl.where(o_row == o_column, b_uw, 0.0), 1)
+    b_u = u_tile.load(_LINES).to(gl.float32)
+    gl.store(p_dv, (b_u * gl.expand_dims(b_line, 1)).to(dv.dtype.element_ty), m_line)
+    b_dbeta = gl.sum(b_u * w_tile.load(_LINES).to(gl.float32), 1)
+    if radial is not None:
+        b_radial = b_line * (2 * b_dbeta - gl.sum(b_u * b_v.to(gl.float32), 1))
+        gl.store(radial + C, b_factor * b_factor * b_radial)
     b_dbeta = beta_backward(b_raw, b_dbeta, BETA_SIGMOID, BETA_RANGE)
-    gl.store(p_dbeta, b_dbeta.to(dbeta.dtype.element_ty), o_c < left)
+    gl.store(p_dbeta, b_dbeta.to(dbeta.dtype.element_ty), o_line < left)
     b_ow *= b_column
     gl.store(own + place * C + o_c, gl.sum(gl.where(o_row == o_column, b_ow, 0.0), 1))
     # as they are: room to lay them in lines would leave one program a multiprocessor
-    p_pairs = place * (C * C) + o_row * C + o_column
     dtype: gl.constexpr = dkeys.dtype.element_ty
-    gl.store(dqueries + p_pairs, gl.where(o_row >= o_column, b_ow, 0.0).to(dtype))
+    b_dm = gl.where(o_row >= o_column, b_ow, 0.0).to(dtype)
+    gl.store(dqueries + p_pairs, b_dm)
+    if radial is not None:
+        b_radial = gl.sum(b_dm.to(gl.float32) * b_m.to(gl.float32), 1)
+        b_radial = gl.convert_layout(b_radial, _LINE)
     b_uw *= gl.expand_dims(b_beta, 1) * -b_column
     gl.store(dkeys + p_pairs, gl.where(o_row > o_column, b_uw, 0.0).to(dtype))
+
+    async_copy.wait_group(1)
+    b_dk = gl.zeros([C, K], gl.float32, _ACC)
+    for i in gl.static_range(V // STEP):
+        b_ds = ds_tile.slice(i * STEP, STEP).load(_RIGHT)
+        b_dk = mma_v2(w_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_ds, b_dk)
+    put(dk_out + place * (C * K), b_dk * gl.expand_dims(b_beta, 1), K)
+    dq_in += place * (C * K)
+    if radial is not None:
+        # where w was; it arrives while states are multiplied
+        q_tile = copied(dq_in, C, K, K, C)
+        b_factor = gl.load(factors)
+    async_copy.commit_group()
 
     async_copy.wait_group(1)
     b_dq = gl.zeros([C, K], gl.float32, _ACC)
@@ -129,29 +164,28 @@ def hopper_states_kernel(
         b_s = s_tile.slice(i * STEP, STEP).load(_RIGHT)
         b_dq = mma_v2(do_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_s, b_dq)
         b_dk = mma_v2(u_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_s, b_dk)
-    put(dq_in + place * (C * K), b_dq, K)
     put(dk_in + place * (C * K), b_dk * -gl.expand_dims(b_beta, 1), K)
-
     async_copy.wait_group(0)
-    b_dk = gl.zeros([C, K], gl.float32, _ACC)
-    for i in gl.static_range(V // STEP):
-        b_ds = ds_tile.slice(i * STEP, STEP).load(_RIGHT)
-        b_dk = mma_v2(w_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_ds, b_dk)
-    put(dk_out + place * (C * K), b_dk * gl.expand_dims(b_beta, 1), K)
+    b_dq = put(dq_in, b_dq, K)
+    if radial is not None:
+        b_q = q_tile.load(_LINES).to(gl.float32)
+        b_radial += gl.sum(b_q * b_dq.to(gl.float32), 1)
+        gl.store(radial, b_factor * b_factor * b_radial)
     b_through = s_tile.load(_LINES).to(gl.float32) * ds_tile.load(_LINES).to(gl.float32)
     gl.store(through + place * K + gl.arange(0, K, _ALONG), gl.sum(b_through, 0))
 
 
 def run_states(
-    call: Call, do, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through
+    call: Call, do, radial, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through
 ) -> None:
     """``triton.Call.across`` for Hopper; pairs' gradients are lower triangles."""
     launch(
         hopper_states_kernel,
         call.slots * call.HV,
         (
-            do, call.beta, call.cu_seqlens, call.betas, call.values, call.solved, call.states,
-            call.dstates, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through,
+            do, call.v, call.beta, call.cu_seqlens, call.betas, call.factors, call.queries,
+            call.values, call.solved, call.states, call.dstates,
+            dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through, radial,
         ),
         (call.T, call.rows),
         {

@@ -22,6 +22,7 @@ from fla.ops.kda import recurrent
 from fla.ops.kda.chunk_gradients import gradients_kernel, through_states_kernel, unit_kernel
 from fla.ops.kda.chunk_inter import advance_kernel, join_kernel, scans_kernel
 from fla.ops.kda.chunk_intra import halving_kernel, intra_kernel
+from fla.ops.kda.gate_kernels import parameters_backward
 from fla.ops.kda.halving import ROOM, TILE
 from fla.ops.kda.slots import rows_and_slots
 from fla.ops.kda.wy_fast import adjoint_kernel, solve_kernel
@@ -383,29 +384,15 @@ class Call:
         own, through = torch.empty_like(self.betas), torch.empty_like(self.decay)
         self.across(do, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through)
         del self.values, self.solved, self.states, self.dstates, self.both_values, self.both_states
-        dA_log = ddt_bias = None
-        if self.A_log is not None:
-            dA_log = self.decay.new_empty(self.slots, self.HV, self.BK // GRADIENTS.block)
-        if self.dt_bias is not None:
-            ddt_bias = torch.empty_like(self.decay)
-        self.within(dq_in, dk_in, dk_out, through, dqueries, dkeys, own, dg, dA_log, ddt_bias)
-        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
-        launch(
-            unit_kernel,
-            self.slots * self.H,
-            (self.q, self.k, self.cu_seqlens, self.factors, dq_in, dk_in, dq, dk),
-            (self.options.scale, self.T, self.rows),
-            {
-                "H": self.H, "HV": self.HV, "K": self.K, "C": C, "BK": self.BK,
-                "GROUP": self.HV // self.H, "QK_L2NORM": self.options.qk_l2norm,
-                "num_warps": 4, "num_stages": 1,
-            },
-        )  # fmt: skip
-        if dA_log is not None:
-            dA_log = dA_log.sum((0, 2))
-        if ddt_bias is not None:
-            ddt_bias = ddt_bias.sum(0)[:, : self.K]
-        parameters = self._like(self.A_log, dA_log), self._like(self.dt_bias, ddt_bias)
+        drates = dbiases = None
+        if self.A_log is not None or self.dt_bias is not None:
+            drates = self.decay.new_empty(self.slots, self.HV, self.BK // GRADIENTS.block)
+            dbiases = torch.empty_like(self.decay)
+        dq, dk = self.within(
+            dq_in, dk_in, dk_out, through, dqueries, dkeys, own, dg, drates, dbiases
+        )
+        parameters = parameters_backward(self.A_log, self.dt_bias, drates, dbiases)
+        parameters = (absent(self.q) if x is None else x for x in parameters)
         return dq, dk, dv, dg, dbeta, *parameters
 
     def across(self, do, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through) -> None:
@@ -438,8 +425,8 @@ class Call:
             },
         )  # fmt: skip
 
-    def within(self, *operands) -> None:
-        """Gradients of q, k and gates of these; launches ``gradients_kernel``."""
+    def within(self, *operands) -> tuple[Tensor, Tensor]:
+        """Gradients of gates, and of q and k, which are returned."""
         launch(
             gradients_kernel,
             self.slots * self.HV * (self.BK // GRADIENTS.block),
@@ -454,11 +441,23 @@ class Call:
                 "num_warps": GRADIENTS.warps, "num_stages": GRADIENTS.stages,
             },
         )  # fmt: skip
+        return self.units()
 
-    def _like(self, parameter: Tensor | None, gradient: Tensor | None) -> Tensor:
-        if parameter is None or gradient is None:
-            return absent(self.q)
-        return gradient.reshape(parameter.shape).to(parameter.dtype)
+    def units(self) -> tuple[Tensor, Tensor]:
+        """dq and dk of those of activated q and k, in place of ``q_in`` and ``k_in``."""
+        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
+        launch(
+            unit_kernel,
+            self.slots * self.H,
+            (self.q, self.k, self.cu_seqlens, self.factors, self.q_in, self.k_in, dq, dk),
+            (self.options.scale, self.T, self.rows),
+            {
+                "H": self.H, "HV": self.HV, "K": self.K, "C": self.C, "BK": self.BK,
+                "GROUP": self.HV // self.H, "QK_L2NORM": self.options.qk_l2norm,
+                "num_warps": 4, "num_stages": 1,
+            },
+        )  # fmt: skip
+        return dq, dk
 
     def no_gradients(self):
         zeros = (torch.zeros_like(x) for x in (self.q, self.k, self.v, self.g, self.beta))
