@@ -297,7 +297,8 @@ def where(m: Any, a: Any, b: Any) -> Value:
 def allocate_shared_memory(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
     if layout == "barriers":
         return Barriers(shape)
-    return Shared(torch.full([int(size) for size in shape], torch.nan, dtype=dtype))
+    unset = torch.nan if dtype.is_floating_point else -1
+    return Shared(torch.full([int(size) for size in shape], unset, dtype=dtype))
 
 
 _LAYOUTS = (

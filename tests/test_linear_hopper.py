@@ -55,7 +55,7 @@ bounds = torch.tensor([0, 70, 150, 230])
 options = engine.Options(1.0)
 with mock.patch.object(stages, "SMALLEST", 1):
     expected = stages.forward(q, k, v, g, None, None, None, bounds, options)[0]
-    for x in (q, k, v):
+    for x in (q, k, v, g):
         x[:, 70:150] = x[:, 230:] = torch.nan
     found = stages.forward(q, k, v, g, None, None, None, bounds, options)[0]
 for seen in (slice(0, 70), slice(150, None)):
@@ -107,7 +107,7 @@ def call(T=1024, K=128, V=128, gate="token", packed=False, states=False, dtype=t
     [
         ((128, 128), {"gate": "token"}),
         ((128, 128), {"gate": "head", "packed": True, "states": True}),
-        ((64, 128), {"gate": "token", "packed": True}),
+        ((64, 64), {"gate": "token", "packed": True}),
         ((64, 64), {"gate": None, "states": True}),
         ((256, 512), {"gate": "token"}),
     ],

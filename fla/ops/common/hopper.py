@@ -121,13 +121,16 @@ def new_tiles(desc, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def new_ring(desc, STAGES: gl.constexpr, READERS: gl.constexpr):
-    """Before the partitions part; a fence has to follow."""
+def new_ring(desc, STAGES: gl.constexpr, READERS: gl.constexpr, FILLERS: gl.constexpr = 1):
+    """Before the partitions part; a fence has to follow.
+
+    A tile has arrived when its bytes have, and all FILLERS: ``fill`` is one of them.
+    """
     tiles = new_tiles(desc, STAGES)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(ready.index(i), count=FILLERS)
         mbarrier.init(empty.index(i), count=READERS)
     return Ring(tiles, ready, empty)
 

@@ -10,6 +10,8 @@ from fla.ops.simple_gla.blocks import CHUNK
 
 C = gl.constexpr(CHUNK)
 _BLOCK = gl.constexpr(256)
+# Of vectors in shared memory, however many lie there
+VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -31,96 +33,81 @@ def rounded(x):
 
 
 @gluon.jit
+def scalar(place):
+    """What lies in a piece [1] of shared memory."""
+    return gl.max(place.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def sequences_in(cu_seqlens, i_b, N, T, begin, stop):
-    """[first, last) of the sequences that may have chunks in [begin, stop), or lie there, empty."""
+    """[first, last) of the sequences that have chunks in [begin, stop), empty ones too.
+
+    Sequence N is what lies behind the last one.
+    """
     if cu_seqlens is None:
         first = i_b
         last = i_b + 1
     else:
         first = begin * 0
         last = first + N + 1
-        if (begin > 0) | (stop < T):  # else all of them, empty ones at the very end too
+        if (begin > 0) | (stop <= T):  # else all of them
             last = first
-            stop = gl.where(stop >= T, T + 1, stop)
             for at in range(0, N + 1, _BLOCK):
                 o_n = at + gl.arange(0, _BLOCK, gl.BlockedLayout([2], [32], [4], [0]))
                 b_bos = gl.load(cu_seqlens + o_n, mask=o_n <= N, other=T + 1).to(gl.int32)
                 b_eos = gl.load(cu_seqlens + o_n + 1, mask=o_n < N, other=T + 1).to(gl.int32)
-                first += gl.sum(((b_bos < begin) & (b_eos <= begin)).to(gl.int32), 0)
+                b_last = b_bos + (gl.cdiv(b_eos - b_bos, C) - 1) * C  # where the last chunk begins
+                first += gl.sum(((b_bos < begin) & (b_last < begin)).to(gl.int32), 0)
                 last += gl.sum((b_bos < stop).to(gl.int32), 0)
     return first, last
 
 
 @gluon.jit
 def visit(cu_seqlens, i_n, N, T, begin, stop):
-    """Of sequence i_n its first token and its length; of its chunks those in [begin, stop).
+    """Of sequence i_n its first token, its length and its number of chunks.
 
-    These are the first one, and how many.  Behind the last sequence lies what sequence N is.
+    And of its chunks the first in [begin, stop), and how many lie there.  An empty sequence has one
+    chunk, without a token, in which its state passes by.
     """
     bos = begin * 0
     length = T
     if cu_seqlens is not None:
-        i_n = gl.minimum(i_n, N)
         bos = gl.minimum(gl.load(cu_seqlens + i_n).to(gl.int32), T)
         eos = gl.load(cu_seqlens + i_n + 1, mask=i_n < N, other=T).to(gl.int32)
         length = gl.minimum(eos, T) - bos
+    chunks = gl.maximum(gl.cdiv(length, C), 1)
     first = gl.cdiv(gl.maximum(begin - bos, 0), C)
-    last = gl.minimum(gl.cdiv(gl.maximum(stop - bos, 0), C), gl.cdiv(length, C))
-    return bos, length, first, last - first
+    last = gl.minimum(gl.cdiv(gl.maximum(stop - bos, 0), C), chunks)
+    return bos, length, chunks, first, last - first
 
 
 @gluon.jit
-def chunk_at(i, here, BACK: gl.constexpr):
-    """The first token of the chunk of step i of a visit, and how many tokens it has."""
-    bos, length, first, steps = here
-    c = first + i
-    if BACK:
-        c = first + steps - 1 - i
-    return bos + c * C, gl.minimum(length - c * C, C)
+def sums_at(
+    sums, gamma, n, there, REVERSE: gl.constexpr, SUMMED: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """The sums of chunk n up to each of its tokens, any number for those that are not there.
 
-
-@gluon.jit
-def chunk_ahead(i, here, after, cu_seqlens, BACK: gl.constexpr):
-    """``chunk_at`` in the visit ``here``, or the first chunk of that ``after`` it.
-
-    No tokens where there is none: what is loaded for it is masked.
+    They lie in ``sums`` [stages, C] in shared memory, or are those of a constant decay ``gamma``.
     """
-    token, there = chunk_at(i, here, BACK)
-    within = i < here[3]
-    if cu_seqlens is not None:
-        first, behind = chunk_at(0, after, BACK)
-        token = gl.where(within, token, first)
-        there = gl.where(within, there, behind)
-        within = within | (after[3] > 0)
-    return token, gl.where(within, there, 0)
-
-
-@gluon.jit
-def sums_at(sums, gamma, token, there, REVERSE: gl.constexpr, LAYOUT: gl.constexpr):
-    """A chunk's sums up to each of its ``there`` tokens, none if negative, and over all of them."""
     o_c = gl.arange(0, C, LAYOUT)
-    if sums is not None:
-        b_to = gl.load(sums + token + o_c, mask=o_c < there, other=0.0)
-        last = token
-        if not REVERSE:
-            last = token + there - 1
-        s_all = gl.load(sums + last, mask=there > 0, other=0.0)
+    if SUMMED:
+        b_to = sums.index(n % sums.shape[0]).load(LAYOUT)
     elif REVERSE:
         b_to = gamma * (there - o_c)
-        s_all = gamma * there
     else:
         b_to = gamma * (o_c + 1)
-        s_all = gamma * there
-    return b_to, s_all
+    return b_to
 
 
 @gluon.jit
-def sum_of(sums, gamma, token, there, REVERSE: gl.constexpr):
-    """A chunk's sum over all of its tokens."""
-    s_all = gamma * there
-    if sums is not None:
-        last = token
+def sum_of(sums, gamma, n, there, REVERSE: gl.constexpr, SUMMED: gl.constexpr):
+    """The sum over all tokens of chunk n."""
+    if SUMMED:
+        last = n % sums.shape[0] * C
         if not REVERSE:
-            last = token + there - 1
-        s_all = gl.load(sums + last, mask=there > 0, other=0.0)
+            last += gl.maximum(there - 1, 0)
+        each = sums._reinterpret(gl.float32, [sums.shape[0] * C, 1], VECTOR)
+        s_all = scalar(each.index(last))
+    else:
+        s_all = gamma * there
     return s_all

@@ -1,7 +1,8 @@
 """The walk over time on Hopper, warp-specialised: what does not wait for the state runs ahead.
 
-One warp copies tiles.  Four weigh the pairs inside a chunk and what is added to the state; four
-carry the state, multiply it and put out.
+One warp copies tiles and says where each chunk lies, so that the others walk over the chunks of all
+sequences alike.  Four weigh the pairs inside a chunk and what is added to the state; four carry the
+state, multiply it and put out.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from fla.ops.common.kernels import cdiv
 from fla.ops.common.launch import launch
 from fla.ops.simple_gla.blocks import LOG2E, Call
 from fla.ops.simple_gla.hopper_blocks import (
+    VECTOR,
     C,
-    chunk_ahead,
-    chunk_at,
     leading,
     power,
     rounded,
+    scalar,
     sequences_in,
     sum_of,
     sums_at,
@@ -47,11 +48,26 @@ COPY_REGISTERS = gl.constexpr(32)
 BZ = gl.constexpr(64)
 # Chunks that the pairs may be ahead of the output
 AHEAD = gl.constexpr(2)
-# Columns of a chunk that shared memory holds beside two tiles each of pairs, u and the output
+# Chunks whose places are known; a chunk's is until tiles have passed through all stages twice
+PLACES = gl.constexpr(16)
+# A place: the first token, how many there are, marks, and the sequence
+TOKEN = gl.constexpr(0)
+THERE = gl.constexpr(1)
+MARKS = gl.constexpr(2)
+SEQUENCE = gl.constexpr(3)
+# Marks: another chunk follows; none does of this sequence, here; its walk begins, or ends, here
+MORE = gl.constexpr(1)
+LAST = gl.constexpr(2)
+OPENS = gl.constexpr(4)
+CLOSES = gl.constexpr(8)
+# Parts of each row that ``carry_on`` leaves to be added up
+PARTS = gl.constexpr(32)
+# Columns of a chunk that shared memory holds beside two tiles each of pairs, u, output and parts
 _COLUMNS = 1400
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _COLUMN = gl.constexpr(gl.SliceLayout(0, _ACC))
-_VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+# Parts as they are written, by eight rows of lanes, without conflicts
+_PARTS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
 
 
 @gluon.jit
@@ -66,53 +82,87 @@ def clear(tile, there, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def produce(
-    x_desc, y_desc, z_desc, b_desc, x_ring, y_ring, z_ring, b_ring, cu_seqlens,
-    i_b, i_h, i_z, first, last, N, T, begin, stop, BACK: gl.constexpr,
+    x_desc, y_desc, z_desc, b_desc, sums, x_ring, y_ring, z_ring, b_ring, s_tiles, places,
+    cu_seqlens, i_b, i_h, i_z, first, last, N, T, begin, stop, BACK: gl.constexpr,
 ):  # fmt: skip
-    """Copy the tiles of each chunk in the order of the walk; those of x bring the others along."""
-    MORE: gl.constexpr = (
+    """Copy the tiles of each chunk in the order of the walk; those of x bring the others along.
+
+    And lay beside them the chunk's place and its gate's sums.  These are loaded: a copy in one
+    dimension begins at multiples of 16 bytes, a chunk at any token.
+    """
+    WITH_X: gl.constexpr = (
         y_desc.block_type.nbytes
         + z_desc.block_type.nbytes
         + (0 if b_desc is None else b_desc.block_type.nbytes)
     )
+    WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    o_c = gl.arange(0, C, WARP)
+    o_p = gl.arange(0, 4, WARP)
     n = 0
-    for i_n in range(first, gl.minimum(last, N)):
-        here = visit(cu_seqlens, i_n, N, T, begin, stop)
-        for i in range(here[3]):
-            token, _ = chunk_at(i, here, BACK)
+    for i_n in range(first, last):
+        bos, length, chunks, at, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
+        head = bos >= begin
+        tail = at + steps == chunks
+        opens = tail if BACK else head
+        closes = head if BACK else tail
+        for i in range(steps):
+            c = at + (steps - 1 - i if BACK else i)
+            token = bos + c * C
+            there = gl.minimum(length - c * C, C)
+            marks = gl.where((i_n + 1 < last) | (i + 1 < steps), MORE, 0)
+            marks += gl.where(i + 1 == steps, LAST, 0)
+            marks += gl.where(opens, OPENS, 0) + gl.where(closes, CLOSES, 0)
+            b_p = gl.where(o_p == TOKEN, token, there)
+            b_p = gl.where(o_p == MARKS, marks, gl.where(o_p == SEQUENCE, i_n, b_p))
+            if sums is not None:  # they come while the stage is waited for
+                b_s = gl.load(sums + token + o_c, mask=o_c < there, other=0.0)
             wide = [i_b, token, i_h, 0]
             block = [i_b, token, i_h, i_z * BZ]
-            x_ring.fill(x_desc, wide, n, MORE)
+            x_ring.fill(x_desc, wide, n, WITH_X)
             x_ring.join(y_desc, wide, n, y_ring.tiles)
             x_ring.join(z_desc, block, n, z_ring.tiles)
             if b_desc is not None:
                 x_ring.join(b_desc, block, n, b_ring.tiles)
+            if sums is not None:
+                s_tiles.index(n % s_tiles.shape[0]).store(b_s)
+            places.index(n & PLACES - 1).store(b_p.to(gl.int32))
+            gl.thread_barrier()
+            arrive(x_ring.ready, n)
             n += 1
 
 
 @gluon.jit
-def three_sums(sums, gamma, at, REVERSE: gl.constexpr, PAIRS: gl.constexpr, FLAT: gl.constexpr):
-    """``sums_at`` along rows and columns of pairs, and along rows of tiles."""
-    b_i, s_all = sums_at(sums, gamma, at[0], at[1], REVERSE, gl.SliceLayout(1, PAIRS))
-    b_j, s_all = sums_at(sums, gamma, at[0], at[1], REVERSE, gl.SliceLayout(0, PAIRS))
-    b_k, s_all = sums_at(sums, gamma, at[0], at[1], REVERSE, gl.SliceLayout(1, FLAT))
-    return b_i, b_j, b_k, s_all
+def place_of(places, n, WHAT: gl.constexpr):
+    """What ``produce`` says of chunk n: WHAT of its place."""
+    return scalar(places.index(n & PLACES - 1).slice(WHAT, 1))
+
+
+@gluon.jit
+def put_rows(rows, parts, places, n, scale):
+    """Store the rows of the last chunk that ``carry_on`` is through with when ``weigh`` is at n."""
+    b_r = gl.sum(parts, 0) * scale
+    token = place_of(places, n - AHEAD, TOKEN)
+    there = gl.where(n < AHEAD, 0, place_of(places, n - AHEAD, THERE))
+    o_r = gl.arange(0, C, b_r.type.layout)
+    gl.store(rows + token + o_r, b_r, mask=o_r < there)
 
 
 @gluon.jit
 def weigh(
-    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, gamma, cu_seqlens, first, last,
-    N, T, begin, stop, REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr,
+    rows, x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, r_tiles, s_tiles, places, gamma, scale,
+    more, REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr, SUMMED: gl.constexpr,
 ):  # fmt: skip
-    """A chunk's pairs a = w (x·y); u, its z as they are added to the state; weights of x.
+    """A chunk's pairs a = w (x·y); u, its z as they are added to the state; weights of x; rows.
 
-    Where a sequence ends inside a chunk, y and z are cleared before anybody else looks at them.
+    Where a sequence ends inside a chunk, y and z are cleared before anybody else looks at them;
+    weights of tokens that are not there may be any number.
     """
     BACK: gl.constexpr = REVERSE != GRADIENT
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     PAIRS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, PAIRS)
     COLUMN: gl.constexpr = gl.SliceLayout(0, PAIRS)
+    PARTED: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [1, 4], [1, 0])
     o_i = gl.arange(0, C, ROW)[:, None]
     o_j = gl.arange(0, C, COLUMN)[None, :]
     if BACK:
@@ -121,69 +171,64 @@ def weigh(
         m = o_i >= o_j
     b_most = gl.where(m, 127.0, float("-inf"))  # as in ``power``
     n = 0
-    if GATED:
-        here = visit(cu_seqlens, first, N, T, begin, stop)
-        at = chunk_ahead(0, here, here, cu_seqlens, BACK)
-        b_i, b_j, b_k, s_all = three_sums(sums, gamma, at, REVERSE, PAIRS, FLAT)
-    for i_n in range(first, gl.minimum(last, N)):
-        if GATED:
-            after = visit(cu_seqlens, i_n + 1, N, T, begin, stop)
-        else:
-            here = visit(cu_seqlens, i_n, N, T, begin, stop)
-        for i in range(here[3]):
-            x_ring.wait(n)
-            if cu_seqlens is not None:
-                _, there = chunk_at(i, here, BACK)
-                if there < C:
-                    clear(y_ring.tile(n), there, FLAT)
-                    clear(z_ring.tile(n), there, FLAT)
-                    fence_async_shared()
-                    gl.thread_barrier()
-            b_0 = gl.zeros([C, C], gl.float32, PAIRS)
-            b_a = warpgroup_mma(
-                x_ring.tile(n), y_ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True
-            )
-            if GATED:
-                b_w = b_i[:, None] - b_j[None, :]
-                if GRADIENT:
-                    b_w = -b_w
-                b_w = gl.exp2(gl.minimum(b_w, b_most))
-                b_p = power(b_k if GRADIENT else s_all - b_k)
-                b_q = power(s_all - b_i if GRADIENT else b_i)
-                # the next chunk's, which arrive while this one is at work
-                at = chunk_ahead(i + 1, here, after, cu_seqlens, BACK)
-                b_i, b_j, b_k, s_all = three_sums(sums, gamma, at, REVERSE, PAIRS, FLAT)
-            wait_before(a_ring.empty, n)
-            if GATED:
-                q_tiles.index(n % AHEAD).store(b_q)
-                b_z = z_ring.tile(n).load(FLAT)
-                b_u = b_z.to(gl.float32) * b_p[:, None]
-                u_tiles.index(n % AHEAD).reshape([C, BZ]).store(b_u.to(b_z.dtype))
-                b_a = warpgroup_mma_wait(0, deps=(b_a,))
-                b_a = b_a * b_w
-            else:
-                b_a = warpgroup_mma_wait(0, deps=(b_a,))
-                b_a = gl.where(m, b_a, 0.0)
-            a_ring.tile(n).store(b_a.to(a_ring.tiles.dtype))
+    while more:
+        x_ring.wait(n)
+        there = place_of(places, n, THERE)
+        if there < C:
+            clear(y_ring.tile(n), there, FLAT)
+            clear(z_ring.tile(n), there, FLAT)
             fence_async_shared()
             gl.thread_barrier()
-            arrive(a_ring.ready, n)
-            arrive(x_ring.empty, n)
-            n += 1
+        b_0 = gl.zeros([C, C], gl.float32, PAIRS)
+        b_a = warpgroup_mma(
+            x_ring.tile(n), y_ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True
+        )
         if GATED:
-            if cu_seqlens is not None:
-                if here[3] == 0:
-                    at = chunk_ahead(0, after, after, cu_seqlens, BACK)
-                    b_i, b_j, b_k, s_all = three_sums(sums, gamma, at, REVERSE, PAIRS, FLAT)
-            here = after
+            b_i = sums_at(s_tiles, gamma, n, there, REVERSE, SUMMED, ROW)
+            b_w = b_i[:, None] - sums_at(s_tiles, gamma, n, there, REVERSE, SUMMED, COLUMN)[None, :]
+            if GRADIENT:
+                b_w = -b_w
+            b_w = gl.exp2(gl.minimum(b_w, b_most))
+            b_k = sums_at(s_tiles, gamma, n, there, REVERSE, SUMMED, gl.SliceLayout(1, FLAT))
+            s_all = sum_of(s_tiles, gamma, n, there, REVERSE, SUMMED)
+            b_p = power(b_k if GRADIENT else s_all - b_k)
+            b_q = power(s_all - b_i if GRADIENT else b_i)
+        more = (place_of(places, n, MARKS) & MORE) != 0
+        wait_before(a_ring.empty, n)
+        if rows is not None:
+            b_r = r_tiles.index(n % AHEAD).load(PARTED)
+        if GATED:
+            q_tiles.index(n % AHEAD).store(b_q)
+            b_z = z_ring.tile(n).load(FLAT)
+            b_u = b_z.to(gl.float32) * b_p[:, None]
+            u_tiles.index(n % AHEAD).reshape([C, BZ]).store(b_u.to(b_z.dtype))
+            b_a = warpgroup_mma_wait(0, deps=(b_a,))
+            b_a = b_a * b_w
+        else:
+            b_a = warpgroup_mma_wait(0, deps=(b_a,))
+            b_a = gl.where(m, b_a, 0.0)
+        a_ring.tile(n).store(b_a.to(a_ring.tiles.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        arrive(a_ring.ready, n)
+        arrive(x_ring.empty, n)
+        if rows is not None:
+            put_rows(rows, b_r, places, n, scale)
+        n += 1
+    if rows is not None:
+        for _ in gl.static_range(AHEAD):
+            wait_before(a_ring.empty, n)
+            put_rows(rows, r_tiles.index(n % AHEAD).load(PARTED), places, n, scale)
+            n += 1
 
 
 @gluon.jit
 def carry_on(
-    o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles, o_tiles, sums,
-    gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z, first, last, N, T, begin, stop,
-    H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
+    o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles, o_tiles, r_tiles,
+    s_tiles, places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z, more, behind,
+    N, T, begin, stop, H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
     GRADIENT: gl.constexpr, TURNED: gl.constexpr, V_FIRST: gl.constexpr, GATED: gl.constexpr,
+    SUMMED: gl.constexpr,
 ):  # fmt: skip
     """Carry the state from chunk to chunk, and put out = scale (w (x·S) + a z), and rows.
 
@@ -194,7 +239,6 @@ def carry_on(
     once through either walk's state.  Both have a key, or a query, with its weight and rounded: so
     has each row here, and what is rounded alike leaves nothing between them.
     """
-    BACK: gl.constexpr = REVERSE != GRADIENT
     SPLIT: gl.constexpr = rows is not None  # what bf16 leaves of the state is another operand
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128 if X > 128 else X, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, _ACC, 2)
@@ -203,37 +247,28 @@ def carry_on(
     o_z = i_z * BZ + gl.arange(0, BZ, gl.SliceLayout(1, STATE))[:, None]
     p_kv = o_z * X + o_x if TURNED else o_x * Z + o_z  # [BZ, X]
     p_state = o_z * X + o_x if TURNED != V_FIRST else o_x * Z + o_z
-    o_i = gl.arange(0, C, _COLUMN)
     o_c = gl.arange(0, C, gl.SliceLayout(1, FLAT))
     o_o = gl.arange(0, BZ, gl.SliceLayout(0, FLAT))
     p_o = i_h * Z + i_z * BZ + o_c[:, None] * (H * Z) + o_o[None, :]  # [C, BZ]
     s_held = scale if GRADIENT else 1.0
     n = 0
-    if GATED:
-        here = visit(cu_seqlens, first, N, T, begin, stop)
-        token, there = chunk_ahead(0, here, here, cu_seqlens, BACK)
-        s_next = sum_of(sums, gamma, token, there, REVERSE)
-    for i_n in range(first, gl.minimum(last, N)):
-        if GATED:
-            after = visit(cu_seqlens, i_n + 1, N, T, begin, stop)
-        else:
-            here = visit(cu_seqlens, i_n, N, T, begin, stop)
-        bos, length, at, steps = here
-        count = gl.cdiv(length, C)
-        head = bos >= begin
-        tail = (at + steps == count) & ((at < count) | (length == 0))
-        opens = tail if BACK else head
-        closes = head if BACK else tail
-        place = (i_n * H + i_h).to(gl.int64) * (X * Z)
+    while more:
+        x_ring.wait(n)
+        marks = place_of(places, n, MARKS)
+        place = (place_of(places, n, SEQUENCE) * H + i_h).to(gl.int64) * (X * Z)
+        opens = (marks & OPENS) != 0
         b_s = gl.zeros([BZ, X], gl.float32, STATE)
         if start is not None:
             b_start = gl.load(start + place + p_state, mask=opens & (o_x < X), other=0.0)
             b_s += b_start.to(gl.float32) / s_held
         if carry is not None:
             b_s += gl.load(carry + p_kv, mask=(opens == 0) & (o_x < X), other=0.0)
-        for i in range(steps):
-            token, there = chunk_at(i, here, BACK)
+        within = n >= 0  # a sequence has a chunk
+        while within:
             x_ring.wait(n)
+            token = place_of(places, n, TOKEN)
+            there = place_of(places, n, THERE)
+            marks = place_of(places, n, MARKS)
             turned = x_ring.tile(n).permute((1, 0))
             b_h = leading(b_s) if SPLIT else b_s
             b_o = gl.zeros([BZ, C], gl.float32, _ACC)
@@ -244,69 +279,59 @@ def carry_on(
             if SPLIT:
                 b_l = gl.convert_layout((b_s - b_h).to(o_desc.dtype), LEFT)
                 b_o = warpgroup_mma(b_l, turned, b_o, is_async=True)
+            if GATED:
+                b_s = b_s * power(sum_of(s_tiles, gamma, n, there, REVERSE, SUMMED))
             a_ring.wait(n)
+            # The state's product before the wait for the output's, behind which ptxas would move
+            # what is done above
+            z_turned = z_ring.tile(n).permute((1, 0))
             if GATED:
                 b_q = q_tiles.index(n % AHEAD).load(_COLUMN)
-                b_s = b_s * power(s_next)
-                t_next, n_next = chunk_ahead(i + 1, here, after, cu_seqlens, BACK)
-                s_next = sum_of(sums, gamma, t_next, n_next, REVERSE)
+                u = u_tiles.index(n % AHEAD).reshape([C, BZ])
+                b_s = warpgroup_mma(u.permute((1, 0)), y_ring.tile(n), b_s, is_async=True)
+            else:
+                b_s = warpgroup_mma(z_turned, y_ring.tile(n), b_s, is_async=True)
             if SPLIT:
                 # beside, as the other walk's state holds it
                 b_b = b_ring.tile(n).permute((1, 0)).load(_ACC).to(gl.float32)
                 b_f = b_b * b_q[None, :]
                 b_f = rounded(b_f) - b_f
-            # Over already; but what stands above stays there, and is done while the product is
-            a_ring.wait(n)
+            b_o = warpgroup_mma_wait(1, deps=(b_o,))
             if SPLIT:
-                b_o, b_s, b_f = warpgroup_mma_wait(0, deps=(b_o, b_s, b_f))
                 b_f = b_o * b_f
-            else:
-                b_o, b_s = warpgroup_mma_wait(0, deps=(b_o, b_s))
             if GATED:
                 b_o = b_o * b_q[None, :]
-            z_turned = z_ring.tile(n).permute((1, 0))
             b_o = warpgroup_mma(z_turned, a_ring.tile(n).permute((1, 0)), b_o, is_async=True)
-            if GATED:
-                u = u_tiles.index(n % AHEAD).reshape([C, BZ])
-                b_s = warpgroup_mma(u.permute((1, 0)), y_ring.tile(n), b_s, is_async=True)
-            else:
-                b_s = warpgroup_mma(z_turned, y_ring.tile(n), b_s, is_async=True)
-            b_o = warpgroup_mma_wait(1, deps=(b_o,))
+            b_o, b_s = warpgroup_mma_wait(0, deps=(b_o, b_s))
             o_tile = o_tiles.index(n % 2).reshape([C, BZ])
             o_tile.permute((1, 0)).store((b_o * scale).to(o_desc.dtype))
             if SPLIT:
-                b_r = gl.sum(b_f + b_o * b_b, 0) * scale
-                gl.store(rows + token + o_i, b_r, mask=o_i < there)
-            b_s = warpgroup_mma_wait(0, deps=(b_s,))
+                # of a row's 64 products, a column here, each thread has two
+                b_r = (b_f + b_o * b_b).reshape([4, 2, 8, C])
+                r_tiles.index(n % AHEAD).store(gl.sum(b_r, 1).reshape([PARTS, C]))
             tma.store_wait(0)  # of the last chunk, so that the next may be laid down
             fence_async_shared()
             gl.thread_barrier()
             arrive(x_ring.empty, n)
             arrive(a_ring.empty, n)
-            if there == C or cu_seqlens is None:
+            if there == C:
                 tile = o_tiles.index(n % 2)
                 tma.async_copy_shared_to_global(o_desc, [i_b, token, i_h, i_z * BZ], tile)
             else:
                 p = out + token.to(gl.int64) * (H * Z) + p_o
                 gl.store(p, o_tile.load(FLAT), mask=(o_c < there)[:, None])
+            within = (marks & LAST) == 0
             n += 1
         if end is not None:
             b_e = (b_s * s_held).to(end.dtype.element_ty)
-            gl.store(end + place + p_state, b_e, mask=closes & (o_x < X))
-        if GATED:
-            if cu_seqlens is not None:
-                if steps == 0:
-                    token, there = chunk_ahead(0, after, after, cu_seqlens, BACK)
-                    s_next = sum_of(sums, gamma, token, there, REVERSE)
-            here = after
-    if cu_seqlens is not None:
-        if last > N:  # behind the last sequence
-            behind = visit(cu_seqlens, N, N, T, begin, stop)
-            for i in range(behind[3]):
-                token, there = chunk_at(i, behind, False)
-                p = out + token.to(gl.int64) * (H * Z) + p_o
-                b_0 = gl.zeros([C, BZ], o_desc.dtype, FLAT)
-                gl.store(p, b_0, mask=(o_c < there)[:, None])
+            gl.store(end + place + p_state, b_e, mask=((marks & CLOSES) != 0) & (o_x < X))
+        more = (marks & MORE) != 0
+    if behind:  # tokens of no sequence
+        bos, length, _, at, steps = visit(cu_seqlens, N, N, T, begin, stop)
+        for c in range(at, at + steps):
+            p = out + (bos + c * C).to(gl.int64) * (H * Z) + p_o
+            b_0 = gl.zeros([C, BZ], o_desc.dtype, FLAT)
+            gl.store(p, b_0, mask=(o_c < length - c * C)[:, None])
     tma.store_wait(0)
 
 
@@ -324,27 +349,33 @@ def hopper_walk_kernel(
     enters in ``carry`` [segments, H, K V + K].
     """
     NZ: gl.constexpr = Z // BZ
-    GATED: gl.constexpr = (sums is not None) or (g_gamma is not None)
+    SUMMED: gl.constexpr = sums is not None
+    GATED: gl.constexpr = SUMMED or (g_gamma is not None)
     i_z = gl.program_id(0) % NZ
     i_h = gl.program_id(0) // NZ % H
     unit = gl.program_id(0) // (NZ * H)
     i_b = unit // segments
     begin = unit % segments * segment
-    stop = gl.minimum(begin + segment, T)
+    stop = begin + segment
+    stop = gl.where(stop < T, stop, T + 1)  # empty sequences at the very end too
     first, last = sequences_in(cu_seqlens, i_b, N, T, begin, stop)
+    behind = last > N
+    last = gl.minimum(last, N)
+    more = first < last
     gamma = 0.0
     if g_gamma is not None:
         gamma = gl.load(g_gamma + i_h).to(gl.float32) * LOG2E
     rows_of_tokens = gl.num_programs(0) // (NZ * H * segments)
     line = i_h * rows_of_tokens + i_b
-    if sums is not None:
+    if SUMMED:
         sums += line.to(gl.int64) * T
+    out += i_b.to(gl.int64) * T * (H * Z)
     if rows is not None:
         rows += (i_z * H * rows_of_tokens + line).to(gl.int64) * T
     if carry is not None:
         carry += (unit * H + i_h).to(gl.int64) * (X * Z + (Z if TURNED else X))
 
-    x_ring = new_ring(x_desc, STAGES, 2)
+    x_ring = new_ring(x_desc, STAGES, 2, 2)
     y_ring = Ring(new_tiles(y_desc, STAGES), x_ring.ready, x_ring.empty)
     z_ring = Ring(new_tiles(z_desc, STAGES), x_ring.ready, x_ring.empty)
     a_ring = new_ring(o_desc, AHEAD, 1)
@@ -353,12 +384,18 @@ def hopper_walk_kernel(
     # is not used: its memory would be that of a tile, and its beginning be seen there.
     u_tiles = a_ring.tiles
     q_tiles = a_ring.tiles
+    r_tiles = a_ring.tiles
+    s_tiles = a_ring.tiles
     b_ring = z_ring
+    places = gl.allocate_shared_memory(gl.int32, [PLACES, 4], VECTOR)
     if GATED:
         u_tiles = new_tiles(o_desc, AHEAD)
-        q_tiles = gl.allocate_shared_memory(gl.float32, [AHEAD, C], _VECTOR)
+        q_tiles = gl.allocate_shared_memory(gl.float32, [AHEAD, C], VECTOR)
+    if SUMMED:
+        s_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, C], VECTOR)
     if rows is not None:
         b_ring = Ring(new_tiles(b_desc, STAGES), x_ring.ready, x_ring.empty)
+        r_tiles = gl.allocate_shared_memory(gl.float32, [AHEAD, PARTS, C], _PARTS)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -366,23 +403,24 @@ def hopper_walk_kernel(
                 carry_on,
                 (
                     o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles,
-                    o_tiles, sums, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z,
-                    first, last, N, T, begin, stop,
-                    H, X, Z, REVERSE, GRADIENT, TURNED, V_FIRST, GATED,
+                    o_tiles, r_tiles, s_tiles, places, gamma, start, carry, end, cu_seqlens, scale,
+                    i_b, i_h, i_z, more, behind, N, T, begin, stop,
+                    H, X, Z, REVERSE, GRADIENT, TURNED, V_FIRST, GATED, SUMMED,
                 ),
             ),
             (
                 weigh,
                 (
-                    x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, sums, gamma, cu_seqlens,
-                    first, last, N, T, begin, stop, REVERSE, GRADIENT, GATED,
+                    rows, x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, r_tiles, s_tiles,
+                    places, gamma, scale, more, REVERSE, GRADIENT, GATED, SUMMED,
                 ),
             ),
             (
                 produce,
                 (
-                    x_desc, y_desc, z_desc, b_desc, x_ring, y_ring, z_ring, b_ring, cu_seqlens,
-                    i_b, i_h, i_z, first, last, N, T, begin, stop, REVERSE != GRADIENT,
+                    x_desc, y_desc, z_desc, b_desc, sums, x_ring, y_ring, z_ring, b_ring, s_tiles,
+                    places, cu_seqlens, i_b, i_h, i_z, first, last, N, T, begin, stop,
+                    REVERSE != GRADIENT,
                 ),
             ),
         ],
@@ -410,7 +448,7 @@ def run_walk(
         hopper_walk_kernel,
         B * segments * H * (Z // block),
         (out, rows, sums, g_gamma, starts[0], carry, ends[0], cu_seqlens),
-        (*descriptors, scale, call.N, T, segment or cdiv(T, C.value) * C.value, segments),
+        (*descriptors, scale, call.N, T, segment or T, segments),
         {
             "H": H,
             "X": X,
