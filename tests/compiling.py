@@ -71,6 +71,39 @@ def compiling(capability: int) -> Iterator[list[Any]]:
         yield compiled
 
 
+def overtaken(kernel: Any) -> list[str]:
+    """Tiles that a product in flight may read while a copy for a later turn of its loop arrives.
+
+    With so many copies ahead of the loop, a product that is waited for a turn later wants one stage
+    more.  Triton 3.6 forgets it where a tile is also read in another way.
+    """
+    tiles: dict[str, str] = {}  # where a view comes from
+    stages: dict[str, int] = {}
+    loops: list[tuple[int, dict[str, int]]] = []  # how deep, and the copies before
+    copies: dict[str, int] = {}
+    products: list[str] = []
+    found = []
+    for line in kernel.asm["ttgir"].splitlines():
+        depth = len(line) - len(line.lstrip())
+        while loops and depth <= loops[-1][0]:
+            loops.pop()
+        if "scf.for" in line:
+            loops.append((depth, dict(copies)))
+        if made := re.match(r"\s*(%\w+) = ttg\.local_alloc : .*memdesc<(\d+)x\d+x\d+x", line):
+            tiles[made[1]], stages[made[1]] = made[1], int(made[2])
+        elif view := re.match(r"\s*(%\w+) = ttg\.memdesc_\w+ (%\w+)", line):
+            tiles[view[1]] = tiles.get(view[2], "")
+        elif copy := re.search(r"async_copy_global_to_local \S+ (%\w+)", line):
+            tile = tiles.get(copy[1], "")
+            copies[tile] = copies.get(tile, 0) + 1
+        elif product := re.search(r"warp_group_dot (%\w+), (%\w+), .*isAsync = true", line):
+            products = [tiles.get(operand, "") for operand in product.groups()]
+        elif "warp_group_dot_wait" in line and "pendings = 1" in line and loops:
+            ahead = loops[-1][1]
+            found += [x for x in products if x in stages and stages[x] <= ahead.get(x, 0)]
+    return found
+
+
 def before_arrivals(kernel: Any) -> set[str]:
     """What stands before arrivals at barriers in PTX, of barriers and waits for products."""
     order = re.findall(

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from alone import run_alone
-from compiling import compiling
+from compiling import compiling, overtaken
 from softmax_calls import HEADS, LIMITS
 
 from fla.ops.attn import backward, blocks, forward, split_decoding
@@ -121,3 +121,4 @@ def test_every_line_compiles(size, K, V, shared, window, capability):
     for kernel in compiled:
         most = stated.get(kernel.metadata.name, 99) if capability <= 90 else 227
         assert kernel.metadata.shared <= most << 10, kernel.metadata
+        assert not overtaken(kernel), kernel.metadata

@@ -36,6 +36,7 @@ def test_interpreted():
     ],
 )
 def test_every_launch_compiles_for_hopper(dtype, K, V):
+    from compiling import overtaken
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -53,6 +54,7 @@ def test_every_launch_compiles_for_hopper(dtype, K, V):
             done = kernel.run(*arguments, grid=grid, warmup=True, **more)
             name = kernel.fn.__name__
             shared[name] = max(shared.get(name, 0), done.metadata.shared)
+            assert not overtaken(done), done.metadata
 
         return launch
 

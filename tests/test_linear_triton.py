@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from alone import run_alone
-from compiling import compiling
+from compiling import compiling, overtaken
 from linear_calls import CASES
 
 from fla.ops.simple_gla import attention_map, blocks, segments, walk
@@ -151,6 +151,7 @@ def test_every_line_compiles(case, conditions, capability):
         call(case, **conditions, T=1024)
     wide = case[0] != torch.bfloat16
     for kernel in done:
+        assert not overtaken(kernel), kernel.metadata
         name, sizes = kernel.metadata.name, case[1:3]
         if name in ("walk_kernel", "summary_kernel"):
             table = walk.LINES if name == "walk_kernel" else segments.LINES

@@ -127,8 +127,10 @@ def summary_kernel(
             if PRECISION is not None:
                 b_x = b_x.to(tl.float32)
                 b_y = b_y.to(tl.float32)
-            if (sums is not None) or (g_gamma is not None) or (norm is not None):
-                b_w = tl.full([C], 1.0, tl.float32)
+            # Triton 3.6 gives a tile that is summed, and multiplied as it was copied, one stage too
+            # few: the next copy but one would overtake the product.  So it goes through registers.
+            if (sums is not None) or (g_gamma is not None) or (norm is not None) or NORMALIZE:
+                b_w = tl.where(m_t, 1.0, 0.0)
                 if (sums is not None) or (g_gamma is not None):
                     b_into, b_out, s_all = step_weights(
                         sums, rests, gamma, token, there, C, REVERSE
@@ -146,8 +148,6 @@ def summary_kernel(
                 if NORMALIZE:
                     b_z += tl.sum(b_x.to(tl.float32) * b_e[:, None], 0)
                 b_x = operand(b_x * b_w[:, None], D, PRECISION)  # rounded as in the walk
-            elif NORMALIZE:
-                b_z += tl.sum(b_x.to(tl.float32), 0)
             b_s = product(tl.trans(b_x), b_y, b_s, PRECISION)
         m = steps > 0
         tl.store(added + p_kv, b_s, mask=m_s & m)
