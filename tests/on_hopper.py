@@ -43,16 +43,6 @@ def launched_from(*stages: Any):
         yield launched
 
 
-def moved(run: Callable[[], Sequence[Tensor]]) -> int:
-    """How many elements of the results are others than at first, in a thousand repetitions."""
-    first = run()
-    count = torch.zeros((), device=first[0].device, dtype=torch.int64)
-    for _ in range(1000):
-        for a, b in zip(first, run(), strict=True):
-            count += (a != b).sum()
-    return int(count.item())
-
-
 def check_what_lies_beside(run: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]):
     """The last chunk of a sequence reaches into the next one, or behind all, here full of NaN.
 

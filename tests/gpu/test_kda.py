@@ -11,33 +11,28 @@ import pytest
 import sanitizer
 import torch
 import triton
+from on_gpu import check, check_launch
 
 from fla.ops.kda import chunk_kda, fused_recurrent_kda
 from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
 from fla.ops.kda.gate import fused_kda_gate
 from fla.ops.kda.naive import naive_recurrent_kda
 from fla.testing import Shape
-from fla.testing.compare import measure, relative_error
+from fla.testing.compare import relative_error
 
 pytestmark = pytest.mark.gpu
 PARTS = 8
 
 
-def check(spec, shape, variant, dtype):
-    found = measure(spec, shape, variant, dtype, "cuda")
-    wrong = {name: pair for name, pair in found.items() if not pair[0] <= pair[1]}
-    assert found and not wrong, wrong
-
-
 @pytest.mark.parametrize("launch", [*kda_calls.chunked(), *kda_calls.recurrent()], ids=str)
 def test_every_launch(launch):
     with launch.as_told():
-        check(launch.spec, launch.shape, launch.variant, launch.dtype)
+        check_launch(launch.spec, launch.shape, launch.variant, launch.dtype)
 
 
 @pytest.mark.parametrize("launch", [*kda_calls.gates()], ids=str)
 def test_every_gate(launch):
-    check(launch.spec, launch.shape, launch.variant, launch.dtype)
+    check_launch(launch.spec, launch.shape, launch.variant, launch.dtype)
 
 
 @sanitizer.needed
