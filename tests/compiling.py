@@ -79,9 +79,9 @@ def overtaken(kernel: Any) -> list[str]:
     """
     tiles: dict[str, str] = {}  # where a view comes from
     stages: dict[str, int] = {}
-    loops: list[tuple[int, dict[str, int]]] = []  # how deep, and the copies before
     copies: dict[str, int] = {}
-    products: list[str] = []
+    loops: list[tuple[int, dict[str, int]]] = []  # how deep, and the copies before
+    flying: list[list[str]] = []  # the tiles of products of this turn that nobody has waited for
     found = []
     for line in kernel.asm["ttgir"].splitlines():
         depth = len(line) - len(line.lstrip())
@@ -89,18 +89,20 @@ def overtaken(kernel: Any) -> list[str]:
             loops.pop()
         if "scf.for" in line:
             loops.append((depth, dict(copies)))
+            flying = []
         if made := re.match(r"\s*(%\w+) = ttg\.local_alloc : .*memdesc<(\d+)x\d+x\d+x", line):
             tiles[made[1]], stages[made[1]] = made[1], int(made[2])
         elif view := re.match(r"\s*(%\w+) = ttg\.memdesc_\w+ (%\w+)", line):
             tiles[view[1]] = tiles.get(view[2], "")
         elif copy := re.search(r"async_copy_global_to_local \S+ (%\w+)", line):
             tile = tiles.get(copy[1], "")
+            if loops and tile in stages and stages[tile] <= loops[-1][1].get(tile, 0):
+                found += [tile for operands in flying if tile in operands]
             copies[tile] = copies.get(tile, 0) + 1
         elif product := re.search(r"warp_group_dot (%\w+), (%\w+), .*isAsync = true", line):
-            products = [tiles.get(operand, "") for operand in product.groups()]
-        elif "warp_group_dot_wait" in line and "pendings = 1" in line and loops:
-            ahead = loops[-1][1]
-            found += [x for x in products if x in stages and stages[x] <= ahead.get(x, 0)]
+            flying.append([tiles.get(operand, "") for operand in product.groups()])
+        elif wait := re.search(r"warp_group_dot_wait.*pendings = (\d+)", line):
+            flying = flying[max(len(flying) - int(wait[1]), 0) :]
     return found
 
 

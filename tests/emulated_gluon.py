@@ -55,7 +55,8 @@ class Shared:
     def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
         shape = [int(size) for size in shape]
         if math.prod(shape) * dtype.itemsize < self.x.nbytes:
-            # fp32 stands in for bf16, and what would share its memory has a place of its own
+            # fp32 stands in for bf16, and what would share its memory has a place of its own: that
+            # one overwrites the other too early is not seen here
             return allocate_shared_memory(dtype, shape, layout)
         return Shared(self.x.view(dtype).view(shape))
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 from unittest import mock
 
+import pytest
 import torch
 from triton import knobs
+from triton.compiler.compiler import CompiledKernel
 
 from fla.ops.common import launch as launching
 from fla.ops.common.hopper import descriptor
+
+STREAM = 7
 
 
 @contextlib.contextmanager
@@ -18,7 +22,9 @@ def stand_ins():
     kernel = mock.MagicMock(arg_names=["x", "desc"])
     with (
         mock.patch.object(launching, "_compiled", {}),
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True),
+        mock.patch.object(
+            torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, create=True
+        ),
     ):
         yield kernel, kernel.__getitem__.return_value.return_value
 
@@ -33,11 +39,29 @@ def test_each_tile_has_a_kernel():
     assert compiled.run.call_count == 2
 
 
-def test_who_listens_to_launches_hears_of_them():
+def test_the_launcher_is_given_what_triton_gives_it():
+    """But for what only observers need."""
+    x = torch.zeros(1, 64, 1, 128)
+    tile = descriptor(x, 64, 64)
+    with stand_ins() as (kernel, compiled):
+        for _ in range(2):
+            launching.launch(kernel, 5, (x,), (tile,), {})
+        given = compiled.run.call_args.args
+        CompiledKernel.__getitem__(compiled, (5, 1, 1))(x.data_ptr(), tile, stream=STREAM)
+        expected = compiled.run.call_args.args
+    assert len(given) == len(expected)
+    observers = compiled.launch_metadata.return_value, knobs.runtime.launch_enter_hook
+    observers += (knobs.runtime.launch_exit_hook,)
+    for a, b in zip(given, expected, strict=True):
+        assert a is None if any(b is each for each in observers) else a == b
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_who_listens_to_launches_hears_of_them(hook):
     x = torch.zeros(1, 64, 1, 128)
     with stand_ins() as (kernel, compiled):
         for calls in ([], [], [print], []):
-            with mock.patch.object(knobs.runtime.launch_exit_hook, "calls", calls):
+            with mock.patch.object(getattr(knobs.runtime, hook), "calls", calls):
                 launching.launch(kernel, 1, (x,), (descriptor(x, 64, 64),), {})
     assert kernel.__getitem__.return_value.call_count == 1
     assert compiled.__getitem__.return_value.call_count == 1

@@ -102,7 +102,8 @@ def parameters_kernel(
     BR: tl.constexpr, BD: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
     """dA_log [HV], ddt_bias [HV, K] from drates [rows, HV, RATES], dbiases [rows, HV, BIASES]."""
-    blocks: tl.constexpr = (K + BD - 1) // BD
+    blocks = tl.num_programs(0) // HV
+    RATE_ROWS: tl.constexpr = BR * BD // BA if BA < BR * BD else 1
     i_hv = tl.program_id(0) // blocks
     i_d = tl.program_id(0) % blocks
     if ddt_bias is not None:
@@ -112,7 +113,9 @@ def parameters_kernel(
     if dA_log is not None:
         if i_d == 0:
             o_a = tl.arange(0, BA)
-            b_rates = sum_of_rows(drates + i_hv * RATES, o_a, o_a < RATES, rows, HV * RATES, BR)
+            b_rates = sum_of_rows(
+                drates + i_hv * RATES, o_a, o_a < RATES, rows, HV * RATES, RATE_ROWS
+            )
             tl.store(dA_log + i_hv, tl.sum(b_rates, 0).to(dA_log.dtype.element_ty))
 
 
@@ -164,7 +167,7 @@ def parameters_backward(A_log, dt_bias, drates, dbiases):
         K = BIASES if dt_bias is None else dt_bias.numel() // max(HV, 1)
         launch(
             parameters_kernel,
-            HV * cdiv(K, _CHANNELS),
+            HV * max(cdiv(K, _CHANNELS), 1),
             (drates, dbiases, dA_log, ddt_bias),
             (rows,),
             {
