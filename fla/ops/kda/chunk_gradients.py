@@ -114,7 +114,7 @@ def through_level(
 @triton.jit(do_not_specialize=["T", "rows"])
 def gradients_kernel(
     q, k, g, A_log, dt_bias, cu_seqlens, factors, dq_in, dk_in, dk_out, through,
-    dqueries, dkeys, own, dg, dA_log, ddt_bias,
+    dqueries, dkeys, own, dg, drates, dbiases,
     scale, lower_bound, T, rows, H, HV, K,
     C: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -155,10 +155,10 @@ def gradients_kernel(
     factors += (i_slot.to(tl.int64) * HV + i_hv) * (2 * C)
 
     if i_c * C >= live:  # padding has no gradient, nor has a slot that no chunk fills
-        if dA_log is not None:
-            tl.store(dA_log + place * BLOCKS + i_block, 0.0)
-        if ddt_bias is not None:
-            tl.store(ddt_bias + place * BK + o_k, o_k * 0.0)
+        if drates is not None:
+            tl.store(drates + place * BLOCKS + i_block, 0.0)
+        if dbiases is not None:
+            tl.store(dbiases + place * BK + o_k, o_k * 0.0)
         for i_tile in range(TILES):
             o_t = o_i + i_tile * TILE
             m = (o_k < K)[:, None] & (i_c * C + o_t < length)[None, :]
@@ -308,10 +308,10 @@ def gradients_kernel(
             b_dbias += tl.sum(b_dg, 1)
         p_dg = dg + o_t[None, :] * (HV * K) + o_k[:, None]
         tl.store(p_dg, b_dg.to(dg.dtype.element_ty), m)
-    if dA_log is not None:
-        tl.store(dA_log + place * BLOCKS + i_block, drate)
-    if ddt_bias is not None:
-        tl.store(ddt_bias + place * BK + o_k, b_dbias)
+    if drates is not None:
+        tl.store(drates + place * BLOCKS + i_block, drate)
+    if dbiases is not None:
+        tl.store(dbiases + place * BK + o_k, b_dbias)
 
 
 @triton.jit

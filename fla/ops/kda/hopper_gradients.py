@@ -178,7 +178,7 @@ def gates_backward(tile, x, decay, dg, bias, rate, lower_bound, m_t, GATE: gl.co
 @gluon.jit(do_not_specialize=["T", "rows"])
 def hopper_gradients_kernel(
     q, k, g, A_log, dt_bias, cu_seqlens, factors, near, dq_in, dk_in, dk_out, through,
-    dqueries, dkeys, own, dg, dA_log, ddt_bias, radial, dq, dk,
+    dqueries, dkeys, own, dg, drates, dbiases, radial, dq, dk,
     scale, lower_bound, T, rows,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
     GATE: gl.constexpr, FORGETS: gl.constexpr, FAR: gl.constexpr,
@@ -213,10 +213,10 @@ def hopper_gradients_kernel(
         dk += (token * H + i_h) * K + first
 
     if i_c * C >= live:  # padding has no gradient, nor has a slot that no chunk fills
-        if dA_log is not None:
-            gl.store(dA_log + place * PARTS + i_block, 0.0)
-        if ddt_bias is not None:
-            gl.store(ddt_bias + place * K + channel, channel * 0.0)
+        if drates is not None:
+            gl.store(drates + place * PARTS + i_block, 0.0)
+        if dbiases is not None:
+            gl.store(dbiases + place * K + channel, channel * 0.0)
         o_x, o_t = lines(C, CHANNELS, HV * K)
         b_zero = gl.zeros([C, CHANNELS], dg.dtype.element_ty, _LINES)
         gl.store(p_dg + o_x, b_zero, o_t < left)
@@ -387,11 +387,11 @@ def hopper_gradients_kernel(
         put_side(g_tiles.index(a), b_dx)
         b_drate += part_of(b_share)
         b_dbias += part_of(b_dx)
-    if dA_log is not None:
-        gl.store(dA_log + place * PARTS + i_block, gl.sum(gl.sum(b_drate, 1), 0))
-    if ddt_bias is not None:
+    if drates is not None:
+        gl.store(drates + place * PARTS + i_block, gl.sum(gl.sum(b_drate, 1), 0))
+    if dbiases is not None:
         b_dbias = gl.convert_layout(gl.sum(b_dbias, 1), _CHANNEL)
-        gl.store(ddt_bias + place * K + channel, b_dbias)
+        gl.store(dbiases + place * K + channel, b_dbias)
     if dq is not None:
         put(dq, H * K, left, dq_tiles)
         put(dk, H * K, left, dk_tiles)
