@@ -62,9 +62,9 @@ def measure(
     In fp64 and fp32 that is a constant.  In 16 bits it follows the error of whole-chunk PyTorch
     with every product's operands rounded to 16 bits and fp32 sums; both are taken over a few draws.
     The ratio of two such errors, each of n numbers, is a matter of chance, of standard deviation
-    1/√n around what it would be of many: it may be off by three of these, for hundreds are looked
-    at.  The channels of a token and head count as one, for what is rounded for all of them, as the
-    weight of a pair of tokens is, is wrong in all of them alike.
+    1/√n around what it would be of many: it may be off by two of these.  The channels of a token
+    and head count as one, for what is rounded for all of them, as the weight of a pair of tokens
+    is, is wrong in all of them alike.
     """
     half = dtype.itemsize == 2
     draws: dict[str, list[tuple[float, float]]] = {}
@@ -80,7 +80,7 @@ def measure(
                 least = ZERO_BOUND if _size(value) <= SMALLEST else bound
                 bound = SLACK * max(relative_error(simulated[name], value), least)
                 many = value.numel() // (value.shape[-1] if value.dim() == 4 else 1)
-                bound *= 1 + 3 / max(DRAWS * many, 1) ** 0.5
+                bound *= 1 + 2 / max(DRAWS * many, 1) ** 0.5
                 bound = min(bound, LARGEST_BOUND)
             draws.setdefault(name, []).append((relative_error(found[name], value), bound))
     return {

@@ -157,7 +157,6 @@ def gradients_kernel(
     if i_c * C >= live:  # padding has no gradient, nor has a slot that no chunk fills
         if drates is not None:
             tl.store(drates + place * BLOCKS + i_block, 0.0)
-        if dbiases is not None:
             tl.store(dbiases + place * BK + o_k, o_k * 0.0)
         for i_tile in range(TILES):
             o_t = o_i + i_tile * TILE
@@ -310,7 +309,6 @@ def gradients_kernel(
         tl.store(p_dg, b_dg.to(dg.dtype.element_ty), m)
     if drates is not None:
         tl.store(drates + place * BLOCKS + i_block, drate)
-    if dbiases is not None:
         tl.store(dbiases + place * BK + o_k, b_dbias)
 
 

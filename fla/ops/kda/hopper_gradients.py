@@ -17,7 +17,7 @@ from fla.ops.common.launch import launch
 from fla.ops.kda.activations import LOG2E, decay_of, sigmoid
 from fla.ops.kda.halving import TILE, load_rate, middle, replaced, weight_of
 from fla.ops.kda.hopper_intra import decays_of
-from fla.ops.kda.hopper_pairs import gains_at, put_step, rooms, through_pairs
+from fla.ops.kda.hopper_pairs import CHANNELS, gains_at, put_step, rooms, through_pairs
 from fla.ops.kda.hopper_tiles import (
     BLOCKS,
     SHARED,
@@ -30,10 +30,8 @@ from fla.ops.kda.hopper_tiles import (
     wide,
 )
 from fla.ops.kda.slots import locate
-from fla.ops.kda.triton import GRADIENTS, Call
+from fla.ops.kda.triton import Call
 
-# Channels of a program
-CHANNELS = gl.constexpr(GRADIENTS.block)
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
 _LEFT = gl.constexpr(gl.DotOperandLayout(0, _ACC, 2))
 _RIGHT = gl.constexpr(gl.DotOperandLayout(1, _ACC, 2))
@@ -215,7 +213,6 @@ def hopper_gradients_kernel(
     if i_c * C >= live:  # padding has no gradient, nor has a slot that no chunk fills
         if drates is not None:
             gl.store(drates + place * PARTS + i_block, 0.0)
-        if dbiases is not None:
             gl.store(dbiases + place * K + channel, channel * 0.0)
         o_x, o_t = lines(C, CHANNELS, HV * K)
         b_zero = gl.zeros([C, CHANNELS], dg.dtype.element_ty, _LINES)
@@ -389,7 +386,6 @@ def hopper_gradients_kernel(
         b_dbias += part_of(b_dx)
     if drates is not None:
         gl.store(drates + place * PARTS + i_block, gl.sum(gl.sum(b_drate, 1), 0))
-    if dbiases is not None:
         b_dbias = gl.convert_layout(gl.sum(b_dbias, 1), _CHANNEL)
         gl.store(dbiases + place * K + channel, b_dbias)
     if dq is not None:

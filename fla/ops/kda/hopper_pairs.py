@@ -17,6 +17,7 @@ from fla.ops.kda.triton import GRADIENTS
 # Two blocks of 16 tokens are at work at once, so that a chunk of 64 takes two rounds.
 ROUNDS = gl.constexpr(2)
 TOKENS = gl.constexpr(32)
+# Channels of a program
 CHANNELS = gl.constexpr(GRADIENTS.block)
 # What a product of steps may grow to, as ``decay_of``
 LARGEST = gl.constexpr(2.0**120)
