@@ -61,8 +61,11 @@ def test_gates(gate):
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("T", [1, 15, 63, 64, 65, 500])
 def test_lengths(T, group):
-    """Packed, for what eager does with a few tokens alone rounds nothing and bounds no chunk."""
-    shape = Shape.packed(0, T, K=128, V=64, group=group)
+    """Packed, for what eager does with a few tokens alone rounds nothing and bounds no chunk.
+
+    In many heads, for each has one dA_log, and errors of few numbers are a matter of chance.
+    """
+    shape = Shape.packed(0, T, H=8, K=128, V=64, group=group)
     with on_hopper():
         check(CHUNKED, shape, "raw, lower bound, state", torch.bfloat16)
 

@@ -64,8 +64,11 @@ def through_states_kernel(
         o_padded = (place * C + o_c)[:, None] * VP + o_v[None, :]
         o_state = (place * VP + o_v)[:, None] * BK + o_k[None, :]
         m_v = m_t[:, None] & (o_v < V)[None, :]
-        b_s = tl.load(states + o_state)  # [BV, BLOCK]
-        b_ds = tl.load(dstates + o_state)
+        # Through registers: Triton 3.6 would let copies overtake the products of tiles that are
+        # summed too
+        m_s = (o_v < V)[:, None]
+        b_s = tl.where(m_s, tl.load(states + o_state), 0)  # [BV, BLOCK]
+        b_ds = tl.where(m_s, tl.load(dstates + o_state), 0)
         b_do = tl.load(do + (token[:, None] * HV + i_hv) * V + o_v[None, :], m_v, 0)  # [C, BV]
         b_dq = tl.dot(b_do.to(dtype), b_s, b_dq, input_precision=PRECISION)
         b_dk = tl.dot(tl.load(solved + o_padded), b_s, b_dk, input_precision=PRECISION)

@@ -44,8 +44,8 @@ SCAN = Launch(64, 4)
 WIDE_SCAN = Launch(64, 8)
 # Both scans at once fill it with V whole: two warpgroups, and operands are read once.
 SCANS = Launch(128, 8, 2)
-# No block of V on its way while one is multiplied: what is summed too would be overtaken.
-THROUGH = Launch(64, 4, 1)
+# The next block of V is on its way while one is multiplied.
+THROUGH = Launch(64, 4, 2)
 # Tiles [64, 16], one warpgroup's rows.
 GRADIENTS = Launch(64, 4)
 # Programs that fill the chip, one on each of an H200's 132 multiprocessors.
