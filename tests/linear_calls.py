@@ -109,7 +109,7 @@ class Launch(NamedTuple):
     def on_its_gpu(self) -> Iterator[None]:
         """Inside, kernels are launched as there."""
         with (
-            mock.patch.object(blocks, "_shared_memory", lambda device: self.limit),
+            mock.patch.object(blocks, "shared_memory", lambda device: self.limit),
             mock.patch.object(
                 blocks, "multiprocessors", lambda device: 132 if self.segments else 1
             ),

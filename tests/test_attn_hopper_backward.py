@@ -30,7 +30,7 @@ from fla.testing.compare import relative_error
 torch.set_num_threads(1)
 names = "common.kernels", "attn.blocks", "common.hopper", "attn.hopper_steps", "attn.hopper_keys"
 with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, hopper, _, keys):
-    keys.power = lambda x: Value(torch.exp2(x.x))
+    keys.power_of_logit = lambda x: Value(torch.exp2(x.x))
 stage.hopper_backward_kernel, stage.descriptor = keys.hopper_backward_kernel, hopper.descriptor
 stage.TensorDescriptor = TensorDescriptor
 stage.pays = lambda *call: True

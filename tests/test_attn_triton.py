@@ -70,7 +70,7 @@ def chosen(size, K, V, shared, window=None):
     """The line of each table that a call gets on a GPU with so much shared memory."""
     dtype = torch.bfloat16 if size == 2 else torch.float32
     q, v = torch.empty(1, 9, 1, K, dtype=dtype), torch.empty(1, 9, 1, V, dtype=dtype)
-    with mock.patch.object(blocks, "_shared_memory", lambda device: shared):
+    with mock.patch.object(blocks, "shared_memory", lambda device: shared):
         call = blocks.Call(q, v, None, 1.0, window)
         return {name: call.choose(table) for name, table in TABLES.items()}
 
@@ -111,7 +111,7 @@ def test_every_line_compiles(size, K, V, shared, window, capability):
     v = torch.empty(1, 9, 2, V, dtype=dtype)
     g, lse, bounds = torch.empty(1, 9, 2), torch.empty(1, 2, 9), torch.zeros(2, dtype=torch.int32)
     lines = chosen(size, K, V, shared, window)
-    limited = mock.patch.object(blocks, "_shared_memory", lambda device: shared)
+    limited = mock.patch.object(blocks, "shared_memory", lambda device: shared)
     with limited, compiling(capability) as compiled:
         implementation.forward(q, k, v, g, None, None, Options(1.0, window))
         implementation.backward(v, q, k, v, g, None, None, v, lse, Options(1.0, window))

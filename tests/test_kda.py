@@ -147,6 +147,19 @@ def test_an_empty_memory_stays_empty(call, T):
     assert (state == 0).all()
 
 
+@BOTH
+@pytest.mark.parametrize("T", [8, 9])
+def test_a_memory_that_is_empty_while_it_grows(call, T):
+    """A decay from a chunk's start beyond the largest number, of nothing."""
+    x = normalize(torch.ones(1, T, 1, 2), dim=-1)
+    g = torch.zeros(1, T, 1, 2)
+    g[:, :2], g[:, 2] = 45, -45
+    beta = torch.full((1, T, 1), 0.5)
+    o, _ = call(x, x, x, g, beta)
+    expected = naive_recurrent_kda(x, x, x, g, beta)[0]
+    torch.testing.assert_close(o, expected)
+
+
 RAW = {
     "softplus": {},
     "lower bound": {"lower_bound": -5.0},

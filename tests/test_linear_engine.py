@@ -69,6 +69,16 @@ def test_growth_beyond_the_range_of_an_exponential():
     against_textbook(q, k, v, g)
 
 
+def test_growth_of_nothing():
+    """Weights beyond the largest number, of values that are 0."""
+    q, k, v = 3 * draw(1, 70, 1, 8), draw(1, 70, 1, 8), draw(1, 70, 1, 12)
+    v[:, :62] = 0
+    g = torch.full((1, 70, 1), -0.1)
+    g[:, :62] = 3
+    o, _ = ops.chunk_simple_gla(q, k, v, g)
+    assert relative_error(o, naive_recurrent_simple_gla(q, k, v, g)[0]) < 1e-5
+
+
 @pytest.mark.parametrize("growth, T", [(10.0, 20), (5.0, 60)])
 def test_growth_that_only_fp64_holds(growth, T):
     """Far beyond the largest number in fp32, and in the map of weights too."""

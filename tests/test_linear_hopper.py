@@ -27,8 +27,8 @@ from linear_calls import hopper_cases
 
 torch.set_num_threads(1)
 stages = "hopper_blocks", "hopper_walk", "hopper"
-names = ("fla.ops.common.hopper", *(f"fla.ops.simple_gla.{name}" for name in stages))
-with emulated(*names) as (*_, hopper_walk, stages):
+names = "common.kernels", "common.hopper", *(f"simple_gla.{name}" for name in stages)
+with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, hopper_walk, stages):
     pass
 sums_of = portable.sums_of
 for case in hopper_cases():

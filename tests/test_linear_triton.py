@@ -18,6 +18,7 @@ from fla.ops.simple_gla.engine import Options
 INTERPRETED = """
 import json, torch
 from unittest import mock
+from fla.ops import chunk_simple_gla
 from fla.ops.common import kernels
 from fla.ops.simple_gla import blocks, engine
 from fla.testing import Shape, all_specs
@@ -46,6 +47,13 @@ for many in (1, 64):  # many idle multiprocessors: sequences fall into segments
                     continue
                 found = measure(spec, shape, variant, dtype)
                 print(json.dumps([spec.name, variant, str(shape), many, found]))
+
+    # Weights beyond the largest number, of values that are 0
+    q, k, v = torch.randn(3, 1, 70, 1, 16)
+    v[:, :62] = 0
+    g = torch.full((1, 70, 1), -0.1)
+    g[:, :62] = 3
+    assert chunk_simple_gla(3 * q, k, v, g)[0].isfinite().all()
 """
 
 
@@ -114,7 +122,7 @@ def call(case, gate=None, packed=False, normalize=False, states=None, T=130, H=2
     kv = torch.zeros(1, H, K, V, dtype=states) if states else None
     z = torch.zeros(1, 1, H, K, dtype=states) if states and normalize else None
     dkv, dz = (None if x is None else x.float() for x in (kv, z))
-    with mock.patch.object(blocks, "_shared_memory", lambda device: shared):
+    with mock.patch.object(blocks, "shared_memory", lambda device: shared):
         o, _, _, norm = kernels.forward(q, k, v, g, g_gamma, kv, z, cu_seqlens, options)
         kernels.backward(
             v, dkv, dz, q, k, v, g, g_gamma, kv, z, cu_seqlens, o, norm, options

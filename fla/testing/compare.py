@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
@@ -25,14 +26,7 @@ ZERO_BOUND = 1e-3  # of it, in 16 bits
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """RMS(found − expected) / RMS(expected); infinite where shapes differ or NaN appears."""
-    if found.shape != expected.shape:
-        return float("inf")
-    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
-    difference = (found - expected).norm().item()
-    if difference == 0:
-        return 0.0
-    error = difference / expected.numel() ** 0.5 / _size(expected)
-    return error if error == error else float("inf")
+    return _rms(_squares(found, expected))
 
 
 def named_results(
@@ -61,41 +55,75 @@ def measure(
 
     In fp64 and fp32 that is a constant.  In 16 bits it follows the error of whole-chunk PyTorch
     with every product's operands rounded to 16 bits and fp32 sums; both are taken over a few draws.
-    The ratio of two such errors, each of n numbers, is a matter of chance, of standard deviation
-    1/√n around what it would be of many: it may be off by two of these.  The channels of a token
-    and head count as one, for what is rounded for all of them, as the weight of a pair of tokens
-    is, is wrong in all of them alike.
     """
     half = dtype.itemsize == 2
-    draws: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[Tensor]] = {}
+    rounded: dict[str, list[Tensor]] = {}
     for seed in range(DRAWS if half else 1):
         arguments = spec.arguments(shape, variant, dtype, device, seed)
         expected = expected_results(spec, arguments)
-        found = named_results(spec.outputs, arguments, spec.gradients)
+        results = named_results(spec.outputs, arguments, spec.gradients)
         simulated = _simulated(spec, arguments, dtype) if half else {}
         for name, value in expected.items():
-            bound = FP64_BOUND if dtype == torch.float64 else spec.fp32_bound
+            found.setdefault(name, []).append(_squares(results[name], value))
             if half:
                 # What should be zero is rounding in both.
-                least = ZERO_BOUND if _size(value) <= SMALLEST else bound
-                bound = SLACK * max(relative_error(simulated[name], value), least)
-                many = value.numel() // (value.shape[-1] if value.dim() == 4 else 1)
-                bound *= 1 + 2 / max(DRAWS * many, 1) ** 0.5
-                bound = min(bound, LARGEST_BOUND)
-            draws.setdefault(name, []).append((relative_error(found[name], value), bound))
-    return {
-        name: (_pooled(error for error, _ in pairs), _pooled(bound for _, bound in pairs))
-        for name, pairs in draws.items()
-    }
+                least = ZERO_BOUND if _size(value) <= SMALLEST else spec.fp32_bound
+                squares = _squares(simulated[name], value)
+                squares += (least**2 - squares.mean()).clamp(min=0)
+                rounded.setdefault(name, []).append(squares)
+    bound = FP64_BOUND if dtype == torch.float64 else spec.fp32_bound
+    measured = {}
+    for name, each in found.items():
+        squares = torch.cat(each)
+        if half:
+            bound = _bound(squares, torch.cat(rounded[name]))
+        measured[name] = _rms(squares), bound
+    return measured
+
+
+def _bound(found: Tensor, rounded: Tensor) -> float:
+    """Of the RMS of errors, whose squares are given, beside those of the simulation.
+
+    The ratio of the two is a matter of chance.  The relative variance of a mean of n squares is
+    theirs over n, that of its root a quarter of it; two standard deviations of the ratio are
+    allowed.  Squares of normal errors have a relative variance of 2; where a few make up most of a
+    sum, as in the gradients of parameters, it is larger.
+    """
+    chance = ((_variance(found) + _variance(rounded)) / found.numel()) ** 0.5
+    return min(SLACK * (1 + chance) * _rms(rounded), LARGEST_BOUND)
+
+
+def _variance(squares: Tensor) -> float:
+    """Relative to their mean, and no less than that of normal errors."""
+    mean = squares.mean().item()
+    return max(2.0, squares.var(correction=0).item() / mean**2) if 0 < mean < math.inf else 2.0
+
+
+def _squares(found: Tensor, expected: Tensor) -> Tensor:
+    """Errors' squares over the square of RMS(expected).
+
+    Channels of a token and head count as one, for what is rounded for all of them, as the weight of
+    a pair of tokens is, is wrong in all of them alike.
+    """
+    if found.shape != expected.shape:
+        return torch.full((1,), math.inf, dtype=torch.float64)
+    if not expected.numel():
+        return torch.zeros(1, dtype=torch.float64)
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    squares = ((found - expected) / _size(expected)).square()
+    if squares.dim() == 4:
+        squares = squares.mean(-1)
+    return squares.flatten().nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _rms(squares: Tensor) -> float:
+    return squares.mean().sqrt().item()
 
 
 def _size(x: Tensor) -> float:
     """RMS, as errors are relative to it."""
     return max(x.double().norm().item() / max(x.numel(), 1) ** 0.5, SMALLEST)
-
-
-def _pooled(errors: Iterable[float]) -> float:
-    return torch.tensor(list(errors), dtype=torch.float64).square().mean().sqrt().item()
 
 
 def _simulated(spec: OpSpec, arguments: Arguments, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import linear_calls
 import pytest
 import sanitizer
@@ -10,7 +12,9 @@ from on_gpu import check_launch
 from torch.nn.functional import logsigmoid
 
 from fla.ops import chunk_linear_attn, chunk_simple_gla, parallel_simple_gla
-from fla.ops.simple_gla import gate, walk
+from fla.ops.common.dispatch import use
+from fla.ops.simple_gla import gate, hopper, walk
+from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
 from fla.testing.compare import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -49,6 +53,21 @@ def run(q, k, v, g, do, function=chunk_simple_gla, **more):
     leaves = [x.detach().requires_grad_() for x in (q, k, v, g) if x is not None]
     o, _ = function(*leaves, **more)
     return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+
+@pytest.mark.parametrize("which", ["hopper", "triton"])
+def test_growth_of_nothing(which):
+    """Weights beyond the largest number, of values that are 0."""
+    if which == "hopper" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs Hopper")
+    q, k, v, *_ = operands(70)
+    v[:, :62] = 0
+    g = torch.full((1, 70, 4), -0.1, device="cuda")
+    g[:, :62] = 3
+    with use(which), mock.patch.object(hopper, "SMALLEST", 1):
+        o, _ = chunk_simple_gla(q, k, v, g)
+    expected, _ = naive_recurrent_simple_gla(*(x.double() for x in (q, k, v, g)))
+    assert relative_error(o, expected) < 5e-3
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from fla.ops.attn.blocks import (
-    LOG2E,
     SPAN,
     Line,
     along_time,
@@ -22,7 +21,7 @@ from fla.ops.attn.blocks import (
     tile,
 )
 from fla.ops.attn.forward import key_blocks
-from fla.ops.common.kernels import product
+from fla.ops.common.kernels import LOG2E, product
 
 # A program holds q, do and dq.
 LINES = (

@@ -14,18 +14,24 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.ops.common.kernels import SEARCH, cdiv, power_of_two, sequence, sequence_at
+from fla.ops.common.kernels import (
+    LOG2E,
+    SEARCH,
+    cdiv,
+    power_of_two,
+    sequence,
+    sequence_at,
+    shared_memory,
+)
 from fla.ops.common.launch import launch
 
 SPAN = tl.constexpr(128)
-LOG2E = tl.constexpr(math.log2(math.e))
 # The least finite number: what the largest of no logits is
 LEAST = tl.constexpr(-3.4028234663852886e38)
 # A token with this gate forgets all before it, and with its negative sees nothing else; beside
@@ -75,15 +81,6 @@ class Line:
         }
 
 
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """KiB of shared memory that one program may have; the interpreter has no limit."""
-    if device.type != "cuda":
-        return 1 << 20
-    properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin >> 10
-
-
 def hiding(window: int | None, T: int) -> int | None:
     """A window, or None where it hides none of T tokens."""
     return None if window is None or window >= T else window
@@ -102,7 +99,7 @@ class Call:
         self.floor = -(17 + math.log(self.T)) * LOG2E.value if _leave_out[-1] else -math.inf
         self.long = self.window is None and not self.packed
         self.intervals = self.blocks(SPAN.value)
-        self.shared = _shared_memory(q.device)
+        self.shared = shared_memory(q.device)
         self._sizes = q.element_size(), K, V
         self.constants = {
             "H": H,

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fla.ops.attn.blocks import (
     LEAST,
-    LOG2E,
     SPAN,
     Call,
     Line,
@@ -25,7 +24,7 @@ from fla.ops.attn.blocks import (
     sees,
     tile,
 )
-from fla.ops.common.kernels import product
+from fla.ops.common.kernels import LOG2E, product
 from fla.ops.common.launch import launch
 
 # 128 queries on two warpgroups let K and V pass half as often as 64 would.  Blocks shrink as heads

@@ -100,7 +100,7 @@ def product_with_keys(i_w: gl.constexpr, m, wanted, k_tiles, ds_0, ds_1, ready):
 
 
 @gluon.jit
-def power(x):
+def power_of_logit(x):
     """2^x; zero for what is not normal, which takes fewer instructions."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
 
@@ -226,7 +226,7 @@ def meet(
         elif window is not None:  # which step this is, only its rows say
             at = rows.slice(2 * ROWS + 1, 1, 1).load(PAIRS).to(gl.int32, bitcast=True)
             b_s = seen(b_s, at, first, window)
-        b_p = power(b_s)
+        b_p = power_of_logit(b_s)
         b_dp = warpgroup_mma_wait(0, deps=(b_dp,))
         b_dst = b_p * (b_dp - rows.slice(ROWS, ROWS, 1).load(PAIRS))
         b_ds = b_dst.to(DTYPE)

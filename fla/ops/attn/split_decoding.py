@@ -7,18 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.ops.attn.blocks import (
-    LEAST,
-    LOG2E,
-    STEEPEST_GATE,
-    Call,
-    Line,
-    first_slot,
-    own,
-    put_tile,
-    tile,
-)
-from fla.ops.common.kernels import cdiv, multiprocessors, power_of_two, product
+from fla.ops.attn.blocks import LEAST, STEEPEST_GATE, Call, Line, first_slot, own, put_tile, tile
+from fla.ops.common.kernels import LOG2E, cdiv, multiprocessors, power_of_two, product
 from fla.ops.common.launch import launch
 
 # BM is the most query heads of a program: those of a key head share what it reads, up to 32.  Three

@@ -10,6 +10,7 @@ alone, and no program needs more than the boundaries themselves.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -99,10 +100,16 @@ def chunk_in_slot(cu_seqlens, slot, N, T, C, o_s=None):
     return i_n, c
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+# A decay's size, above all a growing gate's, stays below 2 to this: so it is finite, and so is its
+# product with an operand of moderate size.
+LARGEST_EXPONENT = tl.constexpr(120.0)
+
+
 @triton.jit
 def power(x):
-    """2^x, finite for every x: a weight of zeros stays zero where a gate grows."""
-    return tl.exp2(tl.minimum(x, 127.0))
+    """2^x, finite: 0 · inf would turn a result that is representable into NaN."""
+    return tl.exp2(tl.minimum(x, LARGEST_EXPONENT))
 
 
 @triton.jit
@@ -143,3 +150,12 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """KiB of shared memory that one program may have; the interpreter has no limit."""
+    if device.type != "cuda":
+        return 1 << 20
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin >> 10

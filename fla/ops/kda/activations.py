@@ -8,18 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fla.ops.common.kernels import LOG2E
+
 L2NORM_EPS = tl.constexpr(1e-6)
-LOG2E = tl.constexpr(1.4426950408889634)
-# exp2 stays finite, and so does its product with an operand of moderate size
-LARGEST_EXPONENT = tl.constexpr(120.0)
 # no decay survives this; it keeps −inf out of sums that are taken as products with 0 and 1
 STEEPEST = tl.constexpr(-1e30)
-
-
-@triton.jit
-def decay_of(exponent):
-    """exp2, finite: 0 · inf would turn a result that is representable into NaN."""
-    return tl.exp2(tl.minimum(exponent, LARGEST_EXPONENT))
 
 
 @triton.jit

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla.ops.kda.activations import decay_of, log_decay_backward
+from fla.ops.common.kernels import power
+from fla.ops.kda.activations import log_decay_backward
 from fla.ops.kda.halving import (
     ROOM,
     TILE,
@@ -101,7 +102,7 @@ def through_level(
     """
     m_second = ((tl.arange(0, TILE) >> level) & 1 == 1)[None, :]
     m_pairs = level_mask(level, TILE) | level_mask_transposed(level, TILE)
-    b_decay = decay_of(sums(b_g, segment_mask(level, TILE), DTYPE))
+    b_decay = power(sums(b_g, segment_mask(level, TILE), DTYPE))
     b_zero = tl.zeros_like(b_k)
     b_kd = b_k * b_decay
     b_xd = tl.where(m_second, b_q * b_decay, b_kd)
@@ -194,18 +195,18 @@ def gradients_kernel(
         _, b_g = gates_of(gates[a], rate, dt_bias, lower_bound, o_k, m, i_hv, K, GATE)
         b_k = keys[a].to(tl.float32) * tl.load(factors + C + o_t)[None, :]
         b_suffix = sums(b_g, m_before == 0, dtype)
-        ends = replaced(ends, a, (b_k * decay_of(b_suffix)).to(dtype))
+        ends = replaced(ends, a, (b_k * power(b_suffix)).to(dtype))
         b_total = tl.sum(b_g, 1)
         totals = replaced(totals, a, b_total)
         b_whole += b_total
     # what keys gain behind their blocks; what gates gain from tokens before them
     befores = copies(b_before, TILES)
-    b_before *= decay_of(b_whole)
+    b_before *= power(b_whole)
     for a in tl.static_range(TILES):
         b_rest = tl.zeros([BLOCK], tl.float32)
         for c in tl.static_range(a + 1, TILES):
             b_rest += totals[c]
-        b_gain = gains[a].to(tl.float32) * decay_of(b_rest)[:, None]
+        b_gain = gains[a].to(tl.float32) * power(b_rest)[:, None]
         gains = replaced(gains, a, b_gain)
         befores = replaced(befores, a, b_before)
         b_before += tl.sum(ends[a].to(tl.float32) * b_gain, 1)
@@ -240,14 +241,14 @@ def gradients_kernel(
         b_q = b_q.to(tl.float32) * (tl.load(factors + o_t) * scale)[None, :]
         b_k = b_k.to(tl.float32) * tl.load(factors + C + o_t)[None, :]
         b_prefix = sums(b_g, m_before, dtype)
-        b_up = decay_of(b_prefix)
+        b_up = power(b_prefix)
         b_qd = rounded(b_q * b_up, dtype)
         b_kd = rounded(b_k * b_up, dtype)
 
         b_rest = tl.zeros([BLOCK], tl.float32)
         for c in tl.static_range(a):
             b_rest += totals[c]
-        b_rest = decay_of(b_rest)[:, None]
+        b_rest = power(b_rest)[:, None]
         b_dq = b_dq.to(tl.float32) * b_rest
         b_dk = b_dk.to(tl.float32) * b_rest
         b_dg = (befores[a] + b_behind)[:, None] + b_zero
@@ -260,7 +261,7 @@ def gradients_kernel(
                 b_between = tl.zeros([BLOCK], tl.float32)
                 for c in tl.static_range(b + 1, a):
                     b_between += totals[c]
-                b_between = decay_of(b_between)[:, None]
+                b_between = power(b_between)[:, None]
                 b_gain *= b_between
                 b_flow = tl.sum(b_key.to(tl.float32) * b_gain, 1)
                 for c in tl.static_range(b + 1, a):
@@ -271,7 +272,7 @@ def gradients_kernel(
             gains = replaced(gains, b, gains[b] + b_gain)
 
         # keys of this block, for rows behind it
-        b_down = decay_of(sums(b_g, m_before == 0, dtype))
+        b_down = power(sums(b_g, m_before == 0, dtype))
         b_key = b_down * gains[a]
         b_dg += sums(ends[a].to(tl.float32) * gains[a], m_after == 0, dtype, PARTS=1)
         # pairs in this block
@@ -281,7 +282,7 @@ def gradients_kernel(
             # what enters a product twice is rounded once: the gradients of the two exponents of a
             # pair cancel where both sum the same gate
             b_low, b_high = middle(b_prefix)
-            b_inverse = decay_of(-b_prefix) * b_low
+            b_inverse = power(-b_prefix) * b_low
             b_ki = rounded(b_k * b_inverse, dtype)
             b_dq = times(b_ki, tl.where(m_before, b_dm, 0.0), b_dq * b_low, dtype, PRECISION)
             b_dk = times(b_ki, tl.where(m_before, b_da, 0.0), b_dk * b_low, dtype, PRECISION)

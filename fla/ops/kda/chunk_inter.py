@@ -37,9 +37,7 @@ def enter(state, i_row, i_hv, strides, o_v, o_k, V, K, VP: tl.constexpr, SUMMARI
 
 
 @triton.jit
-def leave(
-    state, b_s, i_row, i_hv, strides, o_v, o_k, V, K, VP: tl.constexpr, SUMMARISE: tl.constexpr
-):
+def leave(state, b_s, i_row, i_hv, strides, o_v, o_k, V, K, SUMMARISE: tl.constexpr):
     """Write the state that a segment ends with; a summary has BK columns behind its VP."""
     p = state + i_row.to(tl.int64) * strides[0] + i_hv.to(tl.int64) * strides[1]
     if SUMMARISE:
@@ -140,10 +138,10 @@ def advance(
             if EVERY:
                 if i_c % EVERY == 0:
                     at = (index + i_c // EVERY).to(tl.int64)
-                    leave(states, b_s, at, i_hv, states_strides, o_v, o_k, V, K, VP, False)
+                    leave(states, b_s, at, i_hv, states_strides, o_v, o_k, V, K, False)
             else:
                 at = (index + i_c).to(tl.int64)
-                leave(states, b_s, at, i_hv, states_strides, o_v, o_k, VP, BK, VP, False)
+                leave(states, b_s, at, i_hv, states_strides, o_v, o_k, VP, BK, False)
         b_s16 = b_s.to(dtype)  # [BV, BK]
         b_k = tl.load(k_in + place * (C * BK) + o_rows)  # [C, BK]
         b_m = tl.load(v + ((token + o_c)[None, :] * HV + i_hv) * V + o_v[:, None], m_x, 0)
@@ -169,9 +167,9 @@ def advance(
 
     if final is not None:
         if SUMMARISE:
-            leave(final, b_s, i_segment, i_hv, final_strides, o_v, o_k, V, K, VP, True)
+            leave(final, b_s, i_segment, i_hv, final_strides, o_v, o_k, V, K, True)
         elif last * C >= length:
-            leave(final, b_s, i_n, i_hv, final_strides, o_v, o_k, V, K, VP, False)
+            leave(final, b_s, i_n, i_hv, final_strides, o_v, o_k, V, K, False)
 
 
 @triton.jit
@@ -239,7 +237,7 @@ def retreat(
         m_x = (i_c * C + o_c < length)[None, :] & m_v[:, None]
         if states is not None:
             at = (slot + i_c).to(tl.int64)
-            leave(states, b_s, at, i_hv, states_strides, o_v, o_k, VP, BK, VP, False)
+            leave(states, b_s, at, i_hv, states_strides, o_v, o_k, VP, BK, False)
         b_do = tl.load(do + ((token + o_c)[None, :] * HV + i_hv) * V + o_v[:, None], m_x, 0)
         b_do = b_do.to(dtype)  # [BV, C]
         b_k = tl.load(k_out + place * (C * BK) + o_rows)  # [C, BK]
@@ -261,9 +259,9 @@ def retreat(
 
     if final is not None:
         if SUMMARISE:
-            leave(final, b_s, i_segment, i_hv, final_strides, o_v, o_k, V, K, VP, True)
+            leave(final, b_s, i_segment, i_hv, final_strides, o_v, o_k, V, K, True)
         elif i_s == 0:
-            leave(final, b_s, i_n, i_hv, final_strides, o_v, o_k, V, K, VP, False)
+            leave(final, b_s, i_n, i_hv, final_strides, o_v, o_k, V, K, False)
 
 
 @triton.jit(do_not_specialize=["segment", "T", "rows"])

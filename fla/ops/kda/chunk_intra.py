@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla.ops.kda.activations import L2NORM_EPS, beta_of, decay_of
+from fla.ops.common.kernels import power
+from fla.ops.kda.activations import L2NORM_EPS, beta_of
 from fla.ops.kda.halving import (
     ROOM,
     TILE,
@@ -120,7 +121,7 @@ def intra_kernel(
     r_decay, b_total = decays(r_g, m_k, left_b, b_bias, rate, lower_bound, GATE)
     b_zero = tl.zeros_like(b_total)
     b_before, b_behind, b_far, b_whole = between(b_total, o_b[:, None])
-    tl.store(decay + place * BK + o_k[None, :], decay_of(b_whole))
+    tl.store(decay + place * BK + o_k[None, :], power(b_whole))
 
     # keys at the end of their blocks
     b_factor = unit(joined(r_k), QK_L2NORM)
@@ -218,7 +219,7 @@ def halving_kernel(
     b_a = tl.where(m_own, 0.0, tl.load(keys + o_pairs).to(tl.float32))
     b_m = tl.where(m_own, b_own, tl.load(queries + o_pairs).to(tl.float32))
     for level in range(4):
-        b_decay = decay_of(sums(b_g, segment_mask(level, C), dtype))
+        b_decay = power(sums(b_g, segment_mask(level, C), dtype))
         b_key = (b_k * b_decay).to(dtype)
         b_query = (b_q * b_decay).to(dtype)
         m_level = level_mask(level, C) & m_far

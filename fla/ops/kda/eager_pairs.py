@@ -21,14 +21,16 @@ from torch import Tensor
 def _half(exponent: Tensor) -> Tensor:
     """exp(exponent / 2), to be applied twice.
 
-    A gate may grow.  Half of the exponent stays finite for as long as the product can, so that
-    0 · inf never turns a result that is representable into NaN.
+    A gate may grow.  Half of the exponent stays finite for as long as the product can, and what
+    grows beyond all numbers becomes the largest, so that 0 · inf never turns a result that is
+    representable into NaN.
     """
     return (exponent * 0.5).clamp_(max=math.log(torch.finfo(exponent.dtype).max) - 1).exp_()
 
 
 def _twice(x: Tensor, half: Tensor) -> Tensor:
-    return (x * half).mul_(half)
+    largest = torch.finfo(x.dtype).max
+    return (x * half).mul_(half).clamp_(-largest, largest)
 
 
 def _halvings(C: int) -> Iterator[int]:

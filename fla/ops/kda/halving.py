@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla.ops.kda.activations import decay_of, log_decay
+from fla.ops.common.kernels import power
+from fla.ops.kda.activations import log_decay
 
 # Tokens of a tile.
 TILE = tl.constexpr(16)
@@ -173,7 +174,7 @@ def decays(rows, m, left, b_bias, rate, lower_bound, GATE: tl.constexpr):
 @triton.jit
 def weight_of(exponent, FORGETS: tl.constexpr):
     """exp2, which stays finite where gates may grow."""
-    return tl.exp2(exponent) if FORGETS else decay_of(exponent)
+    return tl.exp2(exponent) if FORGETS else power(exponent)
 
 
 @triton.jit
@@ -223,9 +224,9 @@ def between(b_total, o_b):
     )
     t_01 = t_0 + t_1
     t_23 = t_2 + t_3
-    b_before = decay_of(select(o_b, b_zero, t_0, t_01, t_01 + t_2))
-    b_behind = decay_of(select(o_b, t_1 + t_23, t_23, t_3, b_zero))
-    b_far = decay_of(select(o_b, t_1, b_zero, b_zero, t_2))
+    b_before = power(select(o_b, b_zero, t_0, t_01, t_01 + t_2))
+    b_behind = power(select(o_b, t_1 + t_23, t_23, t_3, b_zero))
+    b_far = power(select(o_b, t_1, b_zero, b_zero, t_2))
     return b_before, b_behind, b_far, t_01 + t_23
 
 

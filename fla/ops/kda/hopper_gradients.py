@@ -12,9 +12,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from fla.ops.common.hopper import along
-from fla.ops.common.kernels import SEARCH
+from fla.ops.common.kernels import LOG2E, SEARCH, power
 from fla.ops.common.launch import launch
-from fla.ops.kda.activations import LOG2E, decay_of, sigmoid
+from fla.ops.kda.activations import sigmoid
 from fla.ops.kda.halving import TILE, load_rate, middle, replaced, weight_of
 from fla.ops.kda.hopper_intra import decays_of
 from fla.ops.kda.hopper_pairs import CHANNELS, gains_at, put_step, rooms, through_pairs
@@ -286,12 +286,12 @@ def hopper_gradients_kernel(
         if FAR:
             if far:
                 put_step(room, i_b, weight_of(b_g, FORGETS))
-        b_out = gl.sum(b_end32 * side(out_tiles.index(i_b)), 1) * decay_of(b_rest)
+        b_out = gl.sum(b_end32 * side(out_tiles.index(i_b)), 1) * power(b_rest)
         b_total = gl.sum(b_g, 1)
         outs.index(i_b).store(b_out)
-        decays.index(i_b).store(decay_of(b_total))
+        decays.index(i_b).store(power(b_total))
         b_rest += b_total
-    b_through *= gl.expand_dims(decay_of(b_rest), 1)
+    b_through *= gl.expand_dims(power(b_rest), 1)
 
     async_copy.wait_group(0)
     if FAR:

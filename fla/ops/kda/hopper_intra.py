@@ -19,15 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fla.ops.common.hopper import along
-from fla.ops.common.kernels import SEARCH
+from fla.ops.common.kernels import LOG2E, SEARCH, power
 from fla.ops.common.launch import launch
-from fla.ops.kda.activations import (
-    L2NORM_EPS,
-    LOG2E,
-    STEEPEST,
-    beta_of,
-    decay_of,
-)
+from fla.ops.kda.activations import L2NORM_EPS, STEEPEST, beta_of
 from fla.ops.kda.halving import ROOM, TILE, joined, load_rate, parts, weight_of
 from fla.ops.kda.hopper_tiles import BLOCKS, C
 from fla.ops.kda.slots import locate
@@ -137,7 +131,7 @@ def over(b_all, LOW: gl.constexpr, HIGH: gl.constexpr, LAYOUT: gl.constexpr):
     o_i = gl.arange(0, BLOCKS, gl.SliceLayout(1, gl.SliceLayout(2, GRID)))[:, None, None]
     o_j = gl.arange(0, BLOCKS, gl.SliceLayout(0, gl.SliceLayout(2, GRID)))[None, :, None]
     m = (o_j >= o_i + LOW) & (o_j <= o_i + HIGH)
-    b_decay = decay_of(gl.sum(gl.where(m, b_all, 0.0), 1))
+    b_decay = power(gl.sum(gl.where(m, b_all, 0.0), 1))
     return gl.convert_layout(b_decay, LAYOUT, assert_trivial=True)
 
 
@@ -268,7 +262,7 @@ def hopper_intra_kernel(
     b_all = gl.convert_layout(b_total, gl.SliceLayout(0, _grid(K)))[None, :, :]
     b_before = over(b_all, -3, -1, ROW)
     b_behind = over(b_all, 1, 3, ROW)
-    b_whole = decay_of(gl.sum(b_all, 1))
+    b_whole = power(gl.sum(b_all, 1))
     o_d = gl.arange(0, K, gl.SliceLayout(0, b_whole.type.layout))[None, :]
     gl.store(decay + place * K + o_d, b_whole)
 

@@ -19,7 +19,7 @@ ROUNDS = gl.constexpr(2)
 TOKENS = gl.constexpr(32)
 # Channels of a program
 CHANNELS = gl.constexpr(GRADIENTS.block)
-# What a product of steps may grow to, as ``decay_of``
+# What a product of steps may grow to, as ``power``
 LARGEST = gl.constexpr(2.0**120)
 _OWN = gl.constexpr(gl.BlockedLayout([1, 16], [32, 1], [2, 2], [0, 1]))
 _ROW = gl.constexpr(gl.SliceLayout(0, _OWN))

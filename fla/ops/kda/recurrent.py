@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.ops.common.kernels import cdiv, power_of_two
+from fla.ops.common.kernels import cdiv, power, power_of_two
 from fla.ops.common.launch import launch
-from fla.ops.kda.activations import L2NORM_EPS, beta_of, decay_of, log_decay
+from fla.ops.kda.activations import L2NORM_EPS, beta_of, log_decay
 from fla.ops.kda.slots import sequence
 
 # Elements of a program's state, all of K by some of V: one warp holds them in half of its registers
@@ -101,7 +101,7 @@ def recurrent_kernel(
         qk = tl.sum(b_q * b_k, 0)
         b_k = tl.expand_dims(b_k, 1 - KEYS)
         b_q = tl.expand_dims(b_q, 1 - KEYS)
-        b_s *= tl.expand_dims(decay_of(log_decay(b_g, rate, lower_bound, GATE)), 1 - KEYS)
+        b_s *= tl.expand_dims(power(log_decay(b_g, rate, lower_bound, GATE)), 1 - KEYS)
         b_old, b_o = tl.reduce((b_s * b_k, b_s * b_q), KEYS, _add)  # [BV]
         b_v = k_factor * b_beta * (b_v - k_factor * b_old)
         b_o = q_factor * (b_o + qk * b_v)

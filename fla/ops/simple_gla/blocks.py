@@ -7,8 +7,6 @@ are logs to base 2, for exp2.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any
 
 import torch
 import triton
@@ -16,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla.ops.common.kernels import (
+    LOG2E,
     cdiv,
     chunks_in,
     multiprocessors,
@@ -23,6 +22,7 @@ from fla.ops.common.kernels import (
     power_of_two,
     sequence,
     sequences_in,
+    shared_memory,
 )
 from fla.ops.common.launch import launch
 from fla.ops.common.sequences import Sequences
@@ -61,15 +61,6 @@ class Line:
         }
 
 
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """KiB of shared memory that one program may have; the interpreter has no limit."""
-    if device.type != "cuda":
-        return 1 << 20
-    properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin >> 10
-
-
 class Call:
     """What one call's kernels are launched with, beside its tensors."""
 
@@ -89,7 +80,7 @@ class Call:
 
     def choose(self, lines: tuple[Line, ...], X: int) -> Line:
         """The first line that takes this call on its GPU."""
-        shared, size = _shared_memory(self.device), 4 if self._wide else 2
+        shared, size = shared_memory(self.device), 4 if self._wide else 2
         for line in lines:
             if size <= line.bytes and X <= line.X and line.shared <= shared:
                 return line
@@ -119,7 +110,6 @@ class Call:
         return cdiv(self.tokens, segment) if segment else self.N
 
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # A step beyond these weighs nothing, 2**-200, and a chunk's sums stay exact enough beside it:
 # alone to 2**-11 for 16-bit operands, with their rests to fp64.
 _STEEPEST = tl.constexpr(200.0)

@@ -216,6 +216,9 @@ class _Decay:
         """All of it on x [chunks, C, C], in place, and no key after its query."""
         for _ in range(self.halves):
             x.mul_(self._pairs)
+        if self.halves == 2:  # a value may be 0 where a weight is more than the largest number
+            largest = torch.finfo(x.dtype).max
+            x.clamp_(-largest, largest)
         return x.tril_()
 
     def into(self, x: Tensor) -> Tensor:

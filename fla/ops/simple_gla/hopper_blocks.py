@@ -15,12 +15,6 @@ VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def power(x):
-    """2^x, finite for every x."""
-    return gl.exp2(gl.minimum(x, 127.0))
-
-
-@gluon.jit
 def leading(x):
     """The digits of x that bf16 holds."""
     return (x.to(gl.int32, bitcast=True) & -0x10000).to(gl.float32, bitcast=True)

@@ -26,14 +26,13 @@ from fla.ops.common.hopper import (
     new_tiles,
     wait_before,
 )
-from fla.ops.common.kernels import cdiv
+from fla.ops.common.kernels import LARGEST_EXPONENT, LOG2E, cdiv, power
 from fla.ops.common.launch import launch
-from fla.ops.simple_gla.blocks import LOG2E, Call
+from fla.ops.simple_gla.blocks import Call
 from fla.ops.simple_gla.hopper_blocks import (
     VECTOR,
     C,
     leading,
-    power,
     rounded,
     scalar,
     sequences_in,
@@ -169,7 +168,7 @@ def weigh(
         m = o_i <= o_j
     else:
         m = o_i >= o_j
-    b_most = gl.where(m, 127.0, float("-inf"))  # as in ``power``
+    b_most = gl.where(m, LARGEST_EXPONENT, float("-inf"))  # as in ``power``
     n = 0
     while more:
         x_ring.wait(n)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla.ops.common.kernels import (
+    LOG2E,
     cdiv,
     chunks_in,
     operand,
@@ -23,7 +24,7 @@ from fla.ops.common.kernels import (
     sequences_in,
 )
 from fla.ops.common.launch import launch
-from fla.ops.simple_gla.blocks import LOG2E, Call, Line, step_weights
+from fla.ops.simple_gla.blocks import Call, Line, step_weights
 
 _BLOCK = 512
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla.ops.common.kernels import (
+    LOG2E,
     cdiv,
     chunks_in,
     operand,
@@ -29,7 +30,7 @@ from fla.ops.common.kernels import (
     sequences_in,
 )
 from fla.ops.common.launch import launch
-from fla.ops.simple_gla.blocks import LOG2E, Call, Line, pair_weights, seen, step_weights
+from fla.ops.simple_gla.blocks import Call, Line, pair_weights, seen, step_weights
 
 NORMALIZER_EPS = tl.constexpr(1e-10)
 
