@@ -270,6 +270,25 @@ def test_intermediate_states(chunk_size, state_v_first, lengths):
     assert relative_error(h, torch.stack(expected, 1)) < 4e-3
 
 
+@pytest.mark.parametrize("lengths", [None, (0, 40, 0, 70, 1, 0)])
+def test_intermediate_states_compile(lengths):
+    x = operands(sum(lengths or (111,)))
+    bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+
+    def run(*x):
+        more = {"output_final_state": True, "return_intermediate_states": True}
+        return ops.chunk_kda(*x, cu_seqlens=bounds, **more)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        found, expected = compiled(*x), run(*x)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(ValueError, match="expected False outside of torch.inference_m"):
+            compiled(*x)
+
+
 def test_kernels_leave_states_before_chunks_of_32_to_pytorch():
     able = dict.fromkeys(("lacks_triton", "lacks_hopper"), lambda *_: None)
     with mock.patch.multiple(engine, **able):

@@ -64,7 +64,7 @@ def chunk_kda(
         disable_recompute: whether the backward may keep what it could compute again; the result is
             the same.
         return_intermediate_states: whether to return the state before each chunk as well; only
-            under ``torch.inference_mode()``.
+            under ``torch.inference_mode()``, entered outside of what torch.compile sees.
         state_v_first: whether states are ``[N, HV, V, K]``, in and out.
         cu_seqlens: boundaries ``[N + 1]`` of sequences packed into a batch of one.
         cu_seqlens_cpu: a host copy of ``cu_seqlens``, if there is one.
@@ -141,16 +141,10 @@ def _check(
     lower_bound = bound(lower_bound)
     if safe_gate and use_gate_in_kernel and (lower_bound is None or not -5 <= lower_bound < 0):
         raise ValueError(f"lower_bound: expected [-5, 0) with safe_gate, got {lower_bound}")
-    if return_intermediate_states:
-        if not torch.is_inference_mode_enabled():
-            raise ValueError(
-                "return_intermediate_states: expected False outside of torch.inference_mode(), "
-                "got True"
-            )
-        if disable_recompute:
-            raise ValueError(
-                "disable_recompute: expected False with return_intermediate_states, got True"
-            )
+    if return_intermediate_states and disable_recompute:
+        raise ValueError(
+            "disable_recompute: expected False with return_intermediate_states, got True"
+        )
     if isinstance(initial_state, Tensor) and isinstance(q, Tensor):
         wide = initial_state.dtype == q.dtype == torch.float64
         if initial_state.dtype != torch.float32 and not wide:

@@ -250,6 +250,11 @@ def _run_forward(
 ):
     contract.boundaries(cu_seqlens, cu_seqlens_cpu, q.shape[1])
     options = Options(*options)
+    # Here, because torch.compile cannot trace the question
+    if options.intermediate_states and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            "return_intermediate_states: expected False outside of torch.inference_mode(), got True"
+        )
     operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
     return _stages(q, v, options).forward(*operands, options)
 
