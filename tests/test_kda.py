@@ -285,11 +285,11 @@ def test_intermediate_states_compile(lengths):
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     for mode in (torch.enable_grad, torch.no_grad):
-        with mode(), pytest.raises(ValueError, match="expected False outside of torch.inference_m"):
+        with mode(), pytest.raises(ValueError, match=r"outside of torch\.inference_mode"):
             compiled(*x)
 
 
-def test_kernels_leave_states_before_chunks_of_32_to_pytorch():
+def test_kernels_leave_states_before_chunks_of_32_to_pytorch_and_say_so():
     able = dict.fromkeys(("lacks_triton", "lacks_hopper"), lambda *_: None)
     with mock.patch.multiple(engine, **able):
         for chunk_size, taken in ((64, True), (32, False)):
@@ -297,6 +297,13 @@ def test_kernels_leave_states_before_chunks_of_32_to_pytorch():
             problem = Problem(torch.device("cuda"), torch.bfloat16, 128, 128, options)
             reasons = dict(engine.ENGINE.explain(problem))
             assert (reasons["triton"] is None) == (reasons["hopper"] is None) == taken, reasons
+        for stages, reason in (
+            (engine.ENGINE, "kernels keep states before chunks of 64, not of 32"),
+            (engine.CHANNELWISE_BACKWARD, "a beta for each channel has no chunks"),
+        ):
+            stages._warned.clear()
+            with pytest.warns(UserWarning, match=f"runs in plain PyTorch: {reason}"):
+                stages.choose(problem)
     x = operands(8)
     with pytest.raises(TypeError, match="chunk_size: expected a whole number, got float"):
         ops.chunk_kda(*x, chunk_size=64.0)

@@ -17,8 +17,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from fla.ops.common.device import lacks_triton
-
 # Names given to ``use``, innermost last.  For all threads: autograd runs backwards in its own.
 _forced: list[str] = []
 
@@ -64,11 +62,14 @@ class Engine:
         """The module to call."""
         if _forced:
             return self._named(_forced[-1], problem)
+        reason = "it has no kernels"
         for each in self.implementations:
-            if each.refuses(problem) is None:
+            objection = each.refuses(problem)
+            if objection is None:
                 if each.name == "eager" and problem.device.type not in ("cpu", "meta"):
-                    self._warn(problem)
+                    self._warn(reason)
                 return each.stages
+            reason = objection
         raise RuntimeError(f"{self.name}: no implementation takes {problem}")
 
     def _named(self, name: str, problem: Problem) -> ModuleType:
@@ -81,8 +82,7 @@ class Engine:
         names = ", ".join(each.name for each in self.implementations)
         raise ValueError(f"{self.name}: expected one of {names}, got {name}")
 
-    def _warn(self, problem: Problem) -> None:
-        reason = lacks_triton(problem.device, problem.dtype) or "no kernel takes this call"
+    def _warn(self, reason: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(f"{self.name} runs in plain PyTorch: {reason}", stacklevel=2)

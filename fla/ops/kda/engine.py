@@ -69,7 +69,16 @@ ENGINE = Engine(
 # A beta for each channel has no triangular system in common, so no chunks; token by token, a
 # backward pass would keep a state a token.
 CHANNELWISE_BACKWARD = Engine(
-    "channelwise delta backward", Implementation("eager", "fla.ops.kda.eager")
+    "channelwise delta backward",
+    Implementation(
+        "triton",
+        "fla.ops.kda.triton",
+        lambda at: (
+            lacks_triton(at.device, at.dtype)
+            or "a beta for each channel has no chunks, so kernels would keep a state a token"
+        ),
+    ),
+    Implementation("eager", "fla.ops.kda.eager"),
 )
 
 
