@@ -214,6 +214,8 @@ def test_states(qkv):
 def test_state_layout_has_one_name(qkv):
     with pytest.raises(ValueError, match="transpose_state_layout: expected None"):
         ops.fused_recurrent_simple_gla(**qkv, state_v_first=True, transpose_state_layout=True)
+    with pytest.raises(TypeError, match="transpose_state_layout: expected True or False, got str"):
+        ops.fused_recurrent_simple_gla(**qkv, transpose_state_layout="no")
     with pytest.warns(DeprecationWarning, match="state_v_first"):
         o, _ = ops.fused_recurrent_simple_gla(**qkv, transpose_state_layout=True)
     assert torch.equal(o, ops.fused_recurrent_simple_gla(**qkv, state_v_first=True)[0])
@@ -242,7 +244,7 @@ def test_windows_and_bounds_are_numbers(qkv):
     gated = {"safe_gate": True, "use_gate_in_kernel": True, "lower_bound": "low"}
     with pytest.raises(TypeError, match="lower_bound: expected a number, got str"):
         ops.chunk_kda(**qkv, g=qkv["q"], beta=qkv["q"][..., 0], **gated)
-    with pytest.raises(TypeError, match="layer_idx: expected a number, got NoneType"):
+    with pytest.raises(TypeError, match="layer_idx: expected a whole number, got NoneType"):
         ops.chunk_lightning_attn(**qkv, layer_idx=None, num_layers=4)
 
 
@@ -282,6 +284,11 @@ def test_normalizers(qkv, changes, error, message):
 def test_layers(qkv):
     with pytest.raises(ValueError, match="layer_idx: expected 0 <= layer_idx <= num_layers = 4"):
         ops.chunk_lightning_attn(**qkv, layer_idx=5, num_layers=4)
+    for none in (0, -4):
+        with pytest.raises(ValueError, match=f"num_layers: expected at least 1, got {none}"):
+            ops.chunk_lightning_attn(**qkv, layer_idx=0, num_layers=none)
+    with pytest.raises(TypeError, match="num_layers: expected a whole number, got float"):
+        ops.chunk_lightning_attn(**qkv, layer_idx=0, num_layers=4.0)
 
 
 def test_host_copies(qkv):

@@ -435,6 +435,7 @@ BAD_CHUNK = [
     ({"allow_neg_eigval": True}, "allow_neg_eigval: expected False without use_beta_sigmoid"),
     (raw(), "A_log: expected a tensor where no lower_bound is given, got None"),
     (raw(A_log=torch.ones(3)), "A_log: expected [HV] = [4], got [3]"),
+    (raw(A_log=torch.ones(2, 3)), "A_log: expected [HV] = [4], got [2, 3]"),
     (raw(A_log=torch.ones(4), dt_bias=torch.ones(4)), "dt_bias: expected [HV*K] = [96], got [4]"),
     (raw(safe_gate=True, lower_bound=-6.0), "lower_bound: expected [-5, 0) with safe_gate"),
     (raw(safe_gate=True, lower_bound=0.0), "lower_bound: expected [-5, 0) with safe_gate"),

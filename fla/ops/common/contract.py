@@ -215,6 +215,7 @@ def state_layout(state_v_first: bool, transpose_state_layout: bool | None) -> bo
     """``transpose_state_layout`` is the old name of ``state_v_first``."""
     if transpose_state_layout is None:
         return bool(state_v_first)
+    transpose_state_layout = _flag("transpose_state_layout", transpose_state_layout)
     if state_v_first:
         raise ValueError(
             "transpose_state_layout: expected None beside state_v_first, its new name, "
@@ -224,4 +225,4 @@ def state_layout(state_v_first: bool, transpose_state_layout: bool | None) -> bo
         warnings.warn(
             "transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=4
         )
-    return bool(transpose_state_layout)
+    return transpose_state_layout

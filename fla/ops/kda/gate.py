@@ -84,10 +84,14 @@ def gate_parameters(
     if A_log is None and lower_bound is None:
         raise ValueError("A_log: expected a tensor where no lower_bound is given, got None")
     sizes["HV*K"] = sizes["HV"] * sizes["K"]
-    A_log, dt_bias = (
-        x.flatten() if isinstance(x, Tensor) and x.dim() != 1 else x for x in (A_log, dt_bias)
-    )
+    A_log, dt_bias = _flat(A_log, sizes["HV"]), _flat(dt_bias, sizes["HV*K"])
     return {"A_log": (A_log, "?HV"), "dt_bias": (dt_bias, "?HV*K")}
+
+
+def _flat(x: Any, size: int) -> Any:
+    """x in one dimension, or as it came where it does not fit, for the error."""
+    fits = isinstance(x, Tensor) and x.dim() != 1 and x.numel() == size
+    return x.flatten() if fits else x
 
 
 def bound(lower_bound: float | None) -> float | None:

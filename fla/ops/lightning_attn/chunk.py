@@ -44,9 +44,11 @@ def chunk_lightning_attn(
 def layer_decay(q: Tensor, layer_idx: int, num_layers: int) -> Tensor:
     """g_gamma [H] of a layer, on the device of q."""
     H = contract.operands(q=(q, "B T H K"))["H"]
-    contract.number("layer_idx", layer_idx)
-    contract.number("num_layers", num_layers)
-    if not 0 <= layer_idx <= num_layers or num_layers == 0:
+    layer_idx = contract.whole_number("layer_idx", layer_idx)
+    num_layers = contract.whole_number("num_layers", num_layers)
+    if num_layers < 1:
+        raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
+    if not 0 <= layer_idx <= num_layers:
         raise ValueError(
             f"layer_idx: expected 0 <= layer_idx <= num_layers = {num_layers}, got {layer_idx}"
         )
