@@ -137,6 +137,17 @@ def test_textbooks_of_linear_attention_agree():
         naive_chunk_linear_attn(q[:, :127], k[:, :127], v[:, :127])
 
 
+def test_a_missing_normaliser_is_zero():
+    q, k, v = (draw(2, 9, 2, d, dtype=torch.float64).abs() for d in (8, 8, 12))
+    kv = draw(2, 2, 8, 12, dtype=torch.float64)
+    zeros = torch.zeros(2, 1, 2, 8, dtype=torch.float64)
+    expected, _ = naive_recurrent_linear_attn(q, k, v, initial_state=(kv, zeros), normalize=True)
+    for call in (naive_recurrent_linear_attn, ops.fused_recurrent_linear_attn):
+        for state in (kv, (kv, None)):
+            o, _ = call(q, k, v, initial_state=state, normalize=True)
+            torch.testing.assert_close(o, expected)
+
+
 def test_textbooks_compute_in_fp32():
     q, k, v = (draw(1, 40, 1, 8, dtype=torch.bfloat16) for _ in range(3))
     o, S = naive_recurrent_simple_gla(q, k, v, None)

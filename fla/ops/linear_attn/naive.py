@@ -30,7 +30,8 @@ def naive_recurrent_linear_attn(
     z = q.new_zeros(q.shape[0], q.shape[1], q.shape[-1])
     if isinstance(initial_state, tuple | list):
         initial_state, initial_z = initial_state
-        z = z + initial_z.squeeze(1).to(z.dtype)
+        if initial_z is not None:
+            z = z + initial_z.squeeze(1).to(z.dtype)
     if initial_state is not None:
         S = S + initial_state.to(S.dtype)
     o = []
