@@ -261,3 +261,41 @@ def test_a_forward_mode_derivative_is_an_error(spec, variant):
     ):
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         spec.outputs({**arguments, spec.gradients[0]: dual})
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        torch.func.grad,
+        lambda run: lambda x: torch.func.vjp(run, x),
+        torch.func.jacrev,
+        lambda run: lambda x: torch.vmap(torch.func.grad(run))(torch.stack([x, x])),
+        lambda run: torch.func.grad(lambda x: torch.vmap(run)(torch.stack([x, x])).sum()),
+    ],
+    ids=["grad", "vjp", "jacrev", "vmap of grad", "grad of vmap"],
+)
+@every()
+def test_a_derivative_of_torch_func_is_an_error(spec, variant, transform):
+    arguments = spec.arguments(SHAPE, variant)
+    name = spec.gradients[0]
+    with pytest.raises(RuntimeError, match=r"fla::\w+ has no derivative in torch\.func"):
+        transform(lambda x: spec.outputs({**arguments, name: x})[0].sum())(arguments[name])
+
+
+@every()
+def test_torch_func_around_what_it_does_not_differentiate(spec, variant):
+    arguments = spec.arguments(SHAPE, variant)
+    name = spec.gradients[0]
+
+    def run(x):
+        return spec.outputs({**arguments, name: x})[0]
+
+    x = arguments[name]
+    expected = run(x)
+    rows = torch.vmap(run)(torch.stack([x, x]))
+    assert relative_error(rows, torch.stack([expected, expected])) < 1e-11
+    factor = torch.ones((), dtype=x.dtype)
+    found = torch.func.grad(lambda c: (c * run(x)).sum())(factor)
+    assert relative_error(found, expected.sum()) < 1e-11
+    detached = torch.func.grad(lambda x: (x.sum() * run(x.detach())).sum())(x)
+    assert relative_error(detached, expected.sum().expand_as(x)) < 1e-11

@@ -49,6 +49,8 @@ class Operator:
         if _watched(args):
             if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
                 raise RuntimeError(f"{self.name} has no forward-mode derivative")
+            if _transformed() and torch.is_grad_enabled() and any(map(_in_torch_func, args)):
+                raise RuntimeError(f"{self.name} has no derivative in torch.func, only in autograd")
             return self._dispatched(*args)
         if torch.is_grad_enabled() and any(map(_requires_grad, args)):
             return self.recorded(*args)
@@ -57,6 +59,23 @@ class Operator:
 
 def _has_tangent(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
+def _transformed() -> bool:
+    """Whether torch.func is at work; what torch.compile traces it cannot look into."""
+    compiling = torch.compiler.is_compiling()
+    return not compiling and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _in_torch_func(x: Any) -> bool:
+    """Whether torch.func wants x's gradient, which may lie below levels of vmap."""
+    if not isinstance(x, torch.Tensor):
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_gradtrackingtensor(x) and x.requires_grad:
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
 
 
 def _requires_grad(x: Any) -> bool:
