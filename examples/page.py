@@ -57,7 +57,7 @@ def page(results: Results) -> str:
         *_model(results),
         *_recall(results),
         *_cost(results),
-        *_footer(results),
+        *_footer(),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -260,7 +260,7 @@ def _cost(results: Results) -> list[str]:
     ]
 
 
-def _footer(results: Results) -> list[str]:
+def _footer() -> list[str]:
     return [
         "<footer><p>Made by <code>make demo</code>. Each part runs by itself: "
         "<code>python -m examples.train</code>, <code>examples.generate</code>, "

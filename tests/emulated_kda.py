@@ -40,9 +40,6 @@ class Call(hopper.Call):
         self.queries, self.solver = self.pairs
         self.decay, self.betas = torch.rand(self.slots, H, case.K), torch.rand(self.slots, H, C)
 
-    def _takes(self, other: Tensor) -> bool:
-        return True
-
     def sequences(self) -> list[tuple[int, int, int, int]]:
         """Row, first token, first slot and length of each."""
         if self.cu_seqlens is None:
