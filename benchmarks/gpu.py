@@ -200,12 +200,17 @@ def _gpus() -> tuple[str, str]:
 def _apart(
     engine: str, library: str, options: Any, *more: str, gpu: str, cache: str = ""
 ) -> dict[str, Found]:
-    """What ``work`` says in a process that finds ``fla`` in the library's directory, on one GPU."""
+    """What ``work`` says in a process that finds ``fla`` in the library's directory, on one GPU.
+
+    fla-core would keep on disk what its search for launches finds, and find it again where it is
+    measured: of what is compiled side by side, where nothing is timed, that is any launch.
+    """
     command = [sys.executable, "-m", "benchmarks", "gpu", "--only", engine, "--library", library]
     result = subprocess.run(
         ["timeout", str(PATIENCE), *command, "--rows", options.rows, *more],
         cwd=options.peer if library == PEER else ROOT,  # comes first among the paths
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": gpu}
+        | {"FLA_CACHE_RESULTS": "0"}
         | ({"TRITON_CACHE_DIR": cache} if cache else {}),
         stdout=subprocess.PIPE,
         text=True,

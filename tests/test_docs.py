@@ -11,6 +11,8 @@ import fla.ops
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # What stands beside what in the README, of the results on a CPU
+# The columns of an engine's table
+QUOTED = {"kda": ("ours", "triton"), "softmax": ("ours", "fla-core", "cudnn")}
 BESIDE = (
     ("chunk_kda forward, T 2048", "transformers chunk forward, T 2048"),
     ("chunk_kda forward and backward, T 2048", "transformers chunk forward and backward, T 2048"),
@@ -50,12 +52,12 @@ def test_files_that_are_named_exist(name):
 
 def quoted() -> list[str]:
     """The lines of the README's tables of measurements, as the results have them."""
-    softmax = json.loads((RESULTS / "softmax_gpu.json").read_text())
     lines = []
-    for row in softmax["rows"]:
-        if row["first"][0] is not None:
-            cells = [milliseconds(row.get(name, {})) for name in ("ours", "fla-core", "cudnn")]
-            lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    for engine, libraries in QUOTED.items():
+        for row in json.loads((RESULTS / f"{engine}_gpu.json").read_text())["rows"]:
+            if row["first"][0] is not None:
+                cells = [milliseconds(row.get(name, {})) for name in libraries]
+                lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     seconds = {
         case["case"].removesuffix(", float32"): case["seconds"]
         for row in json.loads((RESULTS / "cpu.json").read_text())["rows"]
