@@ -10,7 +10,7 @@ from shapes import PACKED, of, variants
 from torch import Tensor
 
 from fla.testing import Shape
-from fla.testing.compare import FP64_BOUND, measure, named_results, relative_error
+from fla.testing.compare import FP64_BOUND, _bound, measure, named_results, relative_error
 from fla.testing.spec import PER_SEQUENCE, one_sequence, spans
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -66,6 +66,16 @@ def test_half_precision_does_not_excuse_itself(factor):
     wrong = dataclasses.replace(spec, run=run)
     error, bound = measure(wrong, Shape(T=20), variant, torch.bfloat16)["o"]
     assert error > bound
+
+
+def test_a_wrong_token_does_not_excuse_itself():
+    """Of few parameters one may be off by chance."""
+    usual = torch.full((24,), 1e-6, dtype=torch.float64)
+    outlier = usual.clone()
+    outlier[3] *= 50
+    assert _bound(outlier, usual, few=False) == _bound(usual, usual, few=False)
+    assert 1.2 < _bound(outlier, usual, few=True) / _bound(usual, usual, few=True) < 1.6
+    assert _bound(usual, outlier, few=False) > _bound(usual, usual, few=False)
 
 
 @every(lambda spec: spec.packed and spec.along_tokens)

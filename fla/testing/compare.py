@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.common import dispatch
-from fla.testing.spec import Arguments, OpSpec, Shape, gradients_of
+from fla.testing.spec import PER_HEAD, Arguments, OpSpec, Shape, gradients_of
 
 # 16-bit results may be this much worse than the simulation of ``measure``, over so many draws.
 SLACK = 1.5
@@ -77,25 +77,27 @@ def measure(
     for name, each in found.items():
         squares = torch.cat(each)
         if half:
-            bound = _bound(squares, torch.cat(rounded[name]))
+            bound = _bound(squares, torch.cat(rounded[name]), name[1:] in PER_HEAD)
         measured[name] = _rms(squares), bound
     return measured
 
 
-def _bound(found: Tensor, rounded: Tensor) -> float:
+def _bound(found: Tensor, rounded: Tensor, few: bool) -> float:
     """Of the RMS of errors, whose squares are given, beside those of the simulation.
 
     The ratio of the two is a matter of chance.  The relative variance of a mean of n squares is
     theirs over n, that of its root a quarter of it; two standard deviations of the ratio are
-    allowed.  Squares of normal errors have a relative variance of 2; where a few make up most of a
-    sum, as in the gradients of parameters, it is larger.
+    allowed.  The simulation's variance stands for both, for a wrong token must not excuse itself.
+    But of a parameter's gradients there are few, and of these some make up most of the error: the
+    simulation alone may not show how they spread.
     """
-    chance = ((_variance(found) + _variance(rounded)) / found.numel()) ** 0.5
-    return min(SLACK * (1 + chance) * _rms(rounded), LARGEST_BOUND)
+    variance = _variance(rounded)
+    both = variance + (_variance(found) if few else variance)
+    return min(SLACK * (1 + (both / found.numel()) ** 0.5) * _rms(rounded), LARGEST_BOUND)
 
 
 def _variance(squares: Tensor) -> float:
-    """Relative to their mean, and no less than that of normal errors."""
+    """Relative to their mean, squared, and no less than that of normal errors."""
     mean = squares.mean().item()
     return max(2.0, squares.var(correction=0).item() / mean**2) if 0 < mean < math.inf else 2.0
 
