@@ -17,6 +17,7 @@ import torch
 from shapes import shape_of, spec_named
 
 from fla.ops.simple_gla import blocks, segments, walk
+from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
 from fla.testing import OpSpec, Shape
 from fla.testing.compare import named_results
 
@@ -130,6 +131,17 @@ def small() -> Iterator[Launch]:
     for dtype, segmented in itertools.product((torch.bfloat16, torch.float32), (False, True)):
         for call in _CALLS:
             yield Launch(*call[:2], (70, 0, 150), dtype, 64, 64, 227, segmented)
+
+
+def growth_of_nothing(dtype, device="cpu"):
+    """q, k, v, g whose weights grow beyond the largest number while values are 0; and o."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 70, 2, 64, generator=generator).to(device, dtype)
+    v[:, :62] = 0
+    g = torch.full((1, 70, 2), -0.1, device=device)
+    g[:, :62] = 3
+    inputs = q, k, v, g
+    return inputs, naive_recurrent_simple_gla(*(x.double() for x in inputs))[0]
 
 
 def main(part: int | None = None, parts: int = 1) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import linear_calls
 import pytest
 import sanitizer
@@ -13,8 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from fla.ops import chunk_linear_attn, chunk_simple_gla, parallel_simple_gla
 from fla.ops.common.dispatch import use
-from fla.ops.simple_gla import gate, hopper, walk
-from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
+from fla.ops.simple_gla import gate, walk
 from fla.testing.compare import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -55,18 +52,10 @@ def run(q, k, v, g, do, function=chunk_simple_gla, **more):
     return [o.detach(), *torch.autograd.grad(o, leaves, do)]
 
 
-@pytest.mark.parametrize("which", ["hopper", "triton"])
-def test_growth_of_nothing(which):
-    """Weights beyond the largest number, of values that are 0."""
-    if which == "hopper" and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs Hopper")
-    q, k, v, *_ = operands(70)
-    v[:, :62] = 0
-    g = torch.full((1, 70, 4), -0.1, device="cuda")
-    g[:, :62] = 3
-    with use(which), mock.patch.object(hopper, "SMALLEST", 1):
-        o, _ = chunk_simple_gla(q, k, v, g)
-    expected, _ = naive_recurrent_simple_gla(*(x.double() for x in (q, k, v, g)))
+def test_growth_of_nothing():
+    inputs, expected = linear_calls.growth_of_nothing(torch.bfloat16, "cuda")
+    with use("triton"):
+        o, _ = chunk_simple_gla(*inputs)
     assert relative_error(o, expected) < 5e-3
 
 

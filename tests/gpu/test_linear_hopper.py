@@ -44,6 +44,13 @@ def test_against_fp64(case):
     assert launched
 
 
+def test_growth_of_nothing():
+    inputs, expected = linear_calls.growth_of_nothing(torch.bfloat16, "cuda")
+    with on_hopper():
+        o, _ = chunk_simple_gla(*inputs)
+    assert relative_error(o, expected) < 5e-3
+
+
 def operands(B, T, H=4, K=128, V=128, gated=True):
     torch.manual_seed(T)
     q, k = torch.randn(2, B, T, H, K, device="cuda", dtype=torch.bfloat16)
