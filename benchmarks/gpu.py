@@ -209,9 +209,13 @@ def _apart(
     result = subprocess.run(
         ["timeout", str(PATIENCE), *command, "--rows", options.rows, *more],
         cwd=options.peer if library == PEER else ROOT,  # comes first among the paths
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": gpu}
-        | {"FLA_CACHE_RESULTS": "0"}
-        | ({"TRITON_CACHE_DIR": cache} if cache else {}),
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": gpu,
+            "FLA_CACHE_RESULTS": "0",
+            **({"TRITON_CACHE_DIR": cache} if cache else {}),
+        },
         stdout=subprocess.PIPE,
         text=True,
     )

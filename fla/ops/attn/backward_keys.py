@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from fla.ops.attn.blocks import (
-    SEARCH,
     SPAN,
     Line,
     first_slot,
@@ -18,7 +17,7 @@ from fla.ops.attn.blocks import (
     sees,
     tile,
 )
-from fla.ops.common.kernels import LOG2E, product
+from fla.ops.common.kernels import LOG2E, SEARCH, product
 
 # A program holds k, v, dk and dv and has the fewest registers to spare.  BM is at most that of the
 # queries' kernel, which fills the rows that a block of queries reads.

@@ -17,7 +17,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fla.ops.attn import triton as portable
 from fla.ops.attn.backward import gate_kernel
 from fla.ops.attn.blocks import (
-    SEARCH,
     SPAN,
     Call,
     along_time,
@@ -37,7 +36,7 @@ from fla.ops.attn.hopper_keys import hopper_backward_kernel
 from fla.ops.attn.hopper_steps import KEYS, ROWS
 from fla.ops.common.boundary import absent
 from fla.ops.common.hopper import descriptor
-from fla.ops.common.kernels import LOG2E, cdiv, dense
+from fla.ops.common.kernels import LOG2E, SEARCH, cdiv, dense
 from fla.ops.common.launch import launch
 
 HEAD = 128

@@ -18,7 +18,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fla.ops.attn import triton as portable
 from fla.ops.attn.blocks import (
     LEAST,
-    SEARCH,
     SPAN,
     Call,
     along_time,
@@ -32,7 +31,6 @@ from fla.ops.attn.blocks import (
     own,
     place_of,
     sees,
-    sequence_at,
     tile,
 )
 from fla.ops.common.hopper import (
@@ -47,7 +45,16 @@ from fla.ops.common.hopper import (
     vectors,
     wait_for,
 )
-from fla.ops.common.kernels import LOG2E, cdiv, dense, multiprocessors, power_of_two, sequence
+from fla.ops.common.kernels import (
+    LOG2E,
+    SEARCH,
+    cdiv,
+    dense,
+    multiprocessors,
+    power_of_two,
+    sequence,
+    sequence_at,
+)
 from fla.ops.common.launch import launch
 
 # 2 × 64 queries meet 128 keys, an interval of gates: logits, weights and output of a consumer fill

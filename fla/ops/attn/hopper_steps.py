@@ -9,9 +9,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
-from fla.ops.attn.blocks import SEARCH, SPAN, first_interval_seen, first_slot, place_of, sequence_at
+from fla.ops.attn.blocks import SPAN, first_interval_seen, first_slot, place_of
 from fla.ops.common.hopper import along, arrive, wait_before, wait_for
-from fla.ops.common.kernels import sequence
+from fla.ops.common.kernels import SEARCH, sequence, sequence_at
 
 # A step is 64 queries of a head that meet 128 keys, an interval of gates.
 ROWS = gl.constexpr(64)
