@@ -196,7 +196,7 @@ MUTANTS = [
         DELTA,
         "accepted.long() - 1",
         "accepted.long() * 0 + indices.shape[1] - 1",
-        KDA_TESTS,
+        ("test_kda_pool.py",),
     ),
     Mutant(
         "convolution's first tap a token late",
