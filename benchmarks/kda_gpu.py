@@ -116,6 +116,8 @@ def fla(row: Row, device: str = "cuda") -> Call:
         more["cu_seqlens"] = torch.tensor(bounds, device=device, dtype=torch.int32)
     if row.recurrent:
         more["output_final_state"] = True
+    elif row.lower_bound is not None:
+        more["safe_gate"] = True  # fla-core is faster for the promise
     call: Any = kda.fused_recurrent_kda if row.recurrent else kda.chunk_kda
     return lambda **inputs: call(**inputs, **more)[0]
 

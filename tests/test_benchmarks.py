@@ -200,6 +200,15 @@ def test_kernels_are_compiled_side_by_side(tmp_path):
     )
 
 
+def test_each_process_is_measured_on_a_core_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda _: {5, 2, 9})
+    monkeypatch.setattr(gpu.os, "sched_setaffinity", lambda _, cores: taken.append(cores))
+    gpu._stay_on_one_core("ours")
+    gpu._stay_on_one_core(gpu.PEER)
+    assert taken == [{9}, {2}]
+
+
 def test_wrong_results_are_not_timed():
     with pytest.raises(ArithmeticError, match="dq"):
         suite.errors({"dq": torch.tensor([1.1])}, {"dq": torch.tensor([1.0])})

@@ -7,7 +7,7 @@ Before a sequence's first token stands its cache, the last W inputs of the call 
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from fla.ops.common.device import lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     silu: bool
     output_final_state: bool
 
@@ -55,7 +54,7 @@ def conv_engine(
         residual=(residual, "?B T D"),
         cache=(cache, "?N D W"),
     )
-    y, final = _forward(x, weight, bias, residual, cache, cu_seqlens, *dataclasses.astuple(options))
+    y, final = _forward(x, weight, bias, residual, cache, cu_seqlens, *options)
     return y, final if options.output_final_state else None
 
 

@@ -7,8 +7,7 @@ m is 1 for the L2 norm and 1 / D for the root mean square.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +21,7 @@ ACTIVATIONS = {"swish": "swish", "silu": "swish", "sigmoid": "sigmoid"}
 MOST_CHANNELS = 32768  # that a kernel holds of one row
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """``sum_dtype`` is what h is kept in where it is asked for."""
 
     eps: float

@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,18 +23,14 @@ from fla.ops.common.dispatch import Engine, Implementation, Problem
 HEAD_LIMITS = {"K": 256, "V": 512}
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a call wants beside its tensors; ``window_size`` None is no window."""
+class Options(NamedTuple):
+    """What a call wants beside its tensors.
+
+    ``window_size`` None is no window; decoding multiplies g by ``gate_scale``.
+    """
 
     scale: float
     window_size: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodingOptions(Options):
-    """The same for decoding, and the factor on g."""
-
     gate_scale: float = 1.0
 
 
@@ -67,17 +63,10 @@ def softmax_engine(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Check the arguments and run: o [B, T, HQ, V]."""
-    sizes = contract.operands(
-        q=(q, "B T HQ K"),
-        k=(k, "B T H K"),
-        v=(v, "B T H V"),
-        g=(g, "?B T HQ"),
-        sink_bias=(sink_bias, "?HQ"),
-    )
-    window_size = check(sizes, window_size)
-    contract.number_of_sequences(q, cu_seqlens)
+    operands = q, k, v, g, sink_bias, cu_seqlens
+    _check(*operands)
     scale = contract.scale_or_default(scale, q.shape[-1])
-    return _forward(q, k, v, g, sink_bias, cu_seqlens, scale, window_size)[0]
+    return _forward(*operands, scale, _window(window_size))[0]
 
 
 def decoding_engine(
@@ -93,6 +82,32 @@ def decoding_engine(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Check the arguments and run one step: o [1, N, HQ, V], without a gradient."""
+    _check_decoding(q, k, v, g, sink_bias, cu_seqlens)
+    scale = contract.scale_or_default(scale, q.shape[-1])
+    gate_scale = scale if do_gate_scale else 1.0
+    tensors: Iterable[Tensor | None] = (q, k, v, g, sink_bias)
+    if torch.is_grad_enabled():
+        tensors = (None if x is None else x.detach() for x in tensors)
+    return _decoding(*tensors, cu_seqlens, scale, _window(window_size), gate_scale)
+
+
+@contract.once
+def _check(q, k, v, g, sink_bias, cu_seqlens) -> None:
+    """The shapes, dtypes and devices that the engine takes."""
+    sizes = contract.operands(
+        q=(q, "B T HQ K"),
+        k=(k, "B T H K"),
+        v=(v, "B T H V"),
+        g=(g, "?B T HQ"),
+        sink_bias=(sink_bias, "?HQ"),
+    )
+    _check_heads(sizes)
+    contract.number_of_sequences(q, cu_seqlens)
+
+
+@contract.once
+def _check_decoding(q, k, v, g, sink_bias, cu_seqlens) -> None:
+    """The same for decoding: a query for each sequence."""
     sizes = contract.operands(
         q=(q, "1 N HQ K"),
         k=(k, "1 T H K"),
@@ -100,27 +115,24 @@ def decoding_engine(
         g=(g, "?1 T HQ"),
         sink_bias=(sink_bias, "?HQ"),
     )
-    window_size = check(sizes, window_size)
+    _check_heads(sizes)
     N = 1 if cu_seqlens is None else contract.number_of_sequences(q, cu_seqlens)
     if sizes["N"] != N:
         raise ValueError(f"q: expected one query for each of {N} sequences, got {sizes['N']}")
-    scale = contract.scale_or_default(scale, q.shape[-1])
-    gate_scale = scale if do_gate_scale else 1.0
-    tensors: Iterable[Tensor | None] = (q, k, v, g, sink_bias)
-    if torch.is_grad_enabled():
-        tensors = (None if x is None else x.detach() for x in tensors)
-    return _decoding(*tensors, cu_seqlens, scale, window_size, gate_scale)
 
 
-def check(sizes: dict[str, int], window_size: int | None) -> int | None:
-    """What both want of head sizes, heads and the window, which is returned."""
+def _check_heads(sizes: dict[str, int]) -> None:
     contract.at_most(sizes, **HEAD_LIMITS)
     contract.divides(sizes, "HQ", "H")
-    if window_size is not None:
-        window_size = contract.whole_number("window_size", window_size)
-        if window_size < 0:
-            raise ValueError(f"window_size: expected None or at least 0, got {window_size}")
-    return window_size
+
+
+def _window(size: int | None) -> int | None:
+    if size is None:
+        return None
+    size = contract.whole_number("window_size", size)
+    if size < 0:
+        raise ValueError(f"window_size: expected None or at least 0, got {size}")
+    return size
 
 
 def _nothing_to_see(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
@@ -151,7 +163,7 @@ def _run_backward(q, do, k, v, g, sink_bias, cu_seqlens, o, lse, *options):
 
 def _run_decoding(q, k, v, g, sink_bias, cu_seqlens, *options):
     contract.boundaries(cu_seqlens, None, k.shape[1])
-    options = DecodingOptions(*options)
+    options = Options(*options)
     if _nothing_to_see(q, k, v, options):
         return _fake_decoding(q, k, v).zero_()
     stages = DECODING.choose(_problem(q, v, options))

@@ -52,6 +52,7 @@ class Engine:
     def __init__(self, name: str, *implementations: Implementation):
         self.name, self.implementations = name, implementations
         self._warned: set[str] = set()
+        self._best = functools.lru_cache(self._find)
         Engine.registry[name] = self
 
     def explain(self, problem: Problem) -> list[tuple[str, str | None]]:
@@ -59,9 +60,12 @@ class Engine:
         return [(each.name, each.refuses(problem)) for each in self.implementations]
 
     def choose(self, problem: Problem) -> Any:
-        """The module to call."""
+        """The module to call; what a machine can do does not change, so a problem is met once."""
         if _forced:
             return self._named(_forced[-1], problem)
+        return self._best(problem)
+
+    def _find(self, problem: Problem) -> ModuleType:
         reason = "it has no kernels"
         for each in self.implementations:
             objection = each.refuses(problem)

@@ -98,13 +98,9 @@ def delta_engine(
     """Check the arguments and run: o, the final state and the states before the chunks."""
     if not options.gate:
         A_log = dt_bias = None
-    sizes = _check(q, k, v, g, beta, A_log, dt_bias, options)
-    sizes["N"] = contract.number_of_sequences(q, cu_seqlens, cu_seqlens_cpu)
-    if initial_state is not None:
-        state = (initial_state, f"N HV {_tail(options)}")
-        contract.operands(sizes, ("q", q), initial_state=state)
     operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu
-    o, final_state, h, _ = _forward(*operands, *_scaled(options, sizes))
+    _check(*operands, options)
+    o, final_state, h, _ = _forward(*operands, *_scaled(options, q.shape[-1]))
     return (
         o,
         final_state if options.output_final_state else None,
@@ -131,7 +127,40 @@ def delta_serve(
     """Check the arguments of a serving step and run it: o and the state that was written."""
     if not options.gate:
         A_log = dt_bias = None
-    sizes = _check(q, k, v, g, beta, A_log, dt_bias, options)
+    operands = q, k, v, g, beta, A_log, dt_bias
+    state_shape = _check_serving(
+        *operands, initial_state, cu_seqlens, indices, accepted, out, inplace, options
+    )
+    with torch.no_grad():
+        written = initial_state
+        if not inplace:
+            written = q.new_zeros(state_shape, dtype=accumulator(q.dtype))
+            if initial_state is not None:
+                written.copy_(initial_state)
+        out = v.new_empty(v.shape) if out is None else out
+        others = written, out, cu_seqlens, indices, accepted
+        _serve(*operands, *others, *_scaled(options, q.shape[-1]))
+    return out, written if inplace or options.output_final_state else None
+
+
+@contract.once
+def _check(
+    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, options: Options
+) -> None:
+    """What a call wants of its arguments."""
+    sizes = _sizes(q, k, v, g, beta, A_log, dt_bias, options)
+    sizes["N"] = contract.number_of_sequences(q, cu_seqlens, cu_seqlens_cpu)
+    state = (initial_state, f"?N HV {_tail(options)}")
+    contract.operands(sizes, ("q", q), initial_state=state)
+
+
+@contract.once
+def _check_serving(
+    q, k, v, g, beta, A_log, dt_bias,
+    initial_state, cu_seqlens, indices, accepted, out, inplace: bool, options: Options,
+) -> list[int]:  # fmt: skip
+    """What a serving step wants of its arguments; the shape of its sequences' states."""
+    sizes = _sizes(q, k, v, g, beta, A_log, dt_bias, options)
     sizes["N"] = contract.number_of_sequences(q, cu_seqlens)
     _check_slots(sizes["N"], q.device, indices, accepted, inplace)
     if initial_state is None and inplace:
@@ -139,20 +168,10 @@ def delta_serve(
     rows = "N" if indices is None else "slots"
     state = (initial_state, f"?{rows} HV {_tail(options)}")
     contract.operands(sizes, ("q", q), initial_state=state, out=(out, "?B T HV V"))
-    with torch.no_grad():
-        written = initial_state
-        if not inplace:
-            shape = [sizes[letter] for letter in ("N", "HV", *_tail(options).split())]
-            written = q.new_zeros(shape, dtype=accumulator(q.dtype))
-            if initial_state is not None:
-                written.copy_(initial_state)
-        out = v.new_empty(v.shape) if out is None else out
-        operands = q, k, v, g, beta, A_log, dt_bias, written, out, cu_seqlens, indices, accepted
-        _serve(*operands, *_scaled(options, sizes))
-    return out, written if inplace or options.output_final_state else None
+    return [sizes[letter] for letter in ("N", "HV", *_tail(options).split())]
 
 
-def _check(q, k, v, g, beta, A_log, dt_bias, options: Options) -> dict[str, int]:
+def _sizes(q, k, v, g, beta, A_log, dt_bias, options: Options) -> dict[str, int]:
     """The shapes, dtypes and devices that the engine takes, and what flags want of each other."""
     per_channel = options.chunk_size == 0 and isinstance(beta, Tensor) and beta.dim() == 4
     sizes = contract.operands(
@@ -234,9 +253,9 @@ def _tail(options: Options) -> str:
     return "V K" if options.state_v_first else "K V"
 
 
-def _scaled(options: Options, sizes: dict[str, int]) -> tuple:
+def _scaled(options: Options, K: int) -> tuple:
     scale, chunk_size, qk_l2norm, gate, lower_bound, *others = options
-    scale = contract.scale_or_default(scale, sizes["K"])
+    scale = contract.scale_or_default(scale, K)
     return scale, chunk_size, qk_l2norm, gate, bound(lower_bound), *others
 
 
@@ -251,7 +270,9 @@ def _known(h: Tensor, cu_seqlens, cu_seqlens_cpu, options: Options) -> Tensor:
 
 
 def _stages(q: Tensor, v: Tensor, options: Options, engine: Engine = ENGINE):
-    return engine.choose(Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options))
+    # numbers, where torch.compile has symbols for them: kernels are made for head sizes
+    K, V = int(q.shape[-1]), int(v.shape[-1])
+    return engine.choose(Problem(q.device, q.dtype, K, V, options))
 
 
 def _run_forward(

@@ -7,7 +7,7 @@ Every function of simple_gla, linear_attn and lightning_attn is a face over ``li
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ CHUNK_SIZES = (16, 32, 64, 128)
 HEAD_LIMITS = {"K": 512, "V": 512}
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a call wants beside its tensors; ``chunk_size`` 0 lets the implementation choose."""
 
     scale: float
@@ -78,7 +77,7 @@ def linear_engine(
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Check the arguments and run: o, the final state and the final z."""
-    check(q, k, v, g, g_gamma, initial_state, initial_z, state_v_first, cu_seqlens, cu_seqlens_cpu)
+    _check(q, k, v, g, g_gamma, initial_state, initial_z, state_v_first, cu_seqlens, cu_seqlens_cpu)
     if chunk_size is not None:
         contract.one_of("chunk_size", chunk_size, CHUNK_SIZES)
     o, state, z, _ = _forward(
@@ -103,17 +102,9 @@ def linear_engine(
     return o, state, z if normalize else None
 
 
-def check(
-    q,
-    k,
-    v,
-    g=None,
-    g_gamma=None,
-    initial_state=None,
-    initial_z=None,
-    state_v_first=False,
-    cu_seqlens=None,
-    cu_seqlens_cpu=None,
+@contract.once
+def _check(
+    q, k, v, g, g_gamma, initial_state, initial_z, state_v_first: bool, cu_seqlens, cu_seqlens_cpu
 ) -> None:
     """The shapes, dtypes and devices that the engine takes."""
     sizes = contract.operands(
