@@ -71,6 +71,7 @@ def work(suite: Suite, options: argparse.Namespace) -> None:
     """Measure a library in this process; one line of JSON for each finding."""
     if options.library == PEER:  # which would take modules that it lacks from this ``fla``
         sys.path.remove(str(ROOT))
+    _take_cores(options.library, measures=not (options.first_call or options.compile))
     if options.first_call:
         _say("first call, s", suite.first_call() if suite.first_call else {})
         return
@@ -79,20 +80,21 @@ def work(suite: Suite, options: argparse.Namespace) -> None:
         libraries = [PEER] if options.library == PEER else [x for x in suite.libraries if x != PEER]
         _compile(suite, [(library, row) for row in rows for library in libraries])
         return
-    _stay_on_one_core(options.library)
     for row in rows:
         _say(row.name, _measure(suite, options.library, row))
     if suite.host and options.library in ("ours", PEER):
         _say("host, ms", suite.host())
 
 
-def _stay_on_one_core(library: str) -> None:
-    """Autograd's own thread is woken there at once; where a core sleeps, after up to .3 ms.
+def _take_cores(library: str, measures: bool) -> None:
+    """A core of its own to what measures: the first to the peer, else the last; to others the rest.
 
-    That is more than a small backward pass takes, and another number at every call.
+    Autograd's thread is woken there at once; where a core sleeps, after up to .3 ms, which is more
+    than a small backward pass takes, and another number at every call.
     """
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[0 if library == PEER else -1]})
+    others = cores[1:-1] or cores
+    os.sched_setaffinity(0, [cores[0 if library == PEER else -1]] if measures else others)
 
 
 def _measure(suite: Suite, library: str, row: Row) -> Found:

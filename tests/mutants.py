@@ -247,6 +247,13 @@ MUTANTS = [
         "lambda x: x.index_select(0, beam_idx.sort().values.to(x.device))",
         ("test_cache.py",),
     ),
+    Mutant(
+        "a check takes another dtype for the one that passed",
+        "fla/ops/common/once.py",
+        "(x.shape, x.dtype, x.device, _TENSOR)",
+        "(x.shape, x.device, _TENSOR)",
+        ("test_once.py",),
+    ),
 ]
 
 

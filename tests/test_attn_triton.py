@@ -13,7 +13,7 @@ from softmax_calls import HEADS, LIMITS
 
 from fla.ops.attn import backward, blocks, forward, split_decoding
 from fla.ops.attn import triton as implementation
-from fla.ops.attn.engine import Options
+from fla.ops.attn.engine import DecodingOptions, Options
 
 TABLES = {
     "forward": forward.LINES,
@@ -115,7 +115,7 @@ def test_every_line_compiles(size, K, V, shared, window, capability):
     with limited, compiling(capability) as compiled:
         implementation.forward(q, k, v, g, None, None, Options(1.0, window))
         implementation.backward(v, q, k, v, g, None, None, v, lse, Options(1.0, window))
-        implementation.decode(q[:, :1], k, v, g, None, bounds, Options(1.0))
+        implementation.decode(q[:, :1], k, v, g, None, bounds, DecodingOptions(1.0))
     stated = {f"{name}_kernel": line.shared for name, line in lines.items()}
     stated["split_kernel"] = stated.pop("decoding_kernel")
     for kernel in compiled:

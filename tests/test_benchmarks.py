@@ -200,13 +200,18 @@ def test_kernels_are_compiled_side_by_side(tmp_path):
     )
 
 
-def test_each_process_is_measured_on_a_core_of_its_own(monkeypatch):
+@pytest.mark.parametrize(
+    "cores, ours, peers, others",
+    [({5, 2, 9, 7}, {9}, {2}, {5, 7}), ({1, 2}, {2}, {1}, {1, 2}), ({4}, {4}, {4}, {4})],
+)
+def test_what_is_measured_has_a_core_of_its_own(cores, ours, peers, others, monkeypatch):
     taken = []
-    monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda _: {5, 2, 9})
-    monkeypatch.setattr(gpu.os, "sched_setaffinity", lambda _, cores: taken.append(cores))
-    gpu._stay_on_one_core("ours")
-    gpu._stay_on_one_core(gpu.PEER)
-    assert taken == [{9}, {2}]
+    monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda _: cores)
+    monkeypatch.setattr(gpu.os, "sched_setaffinity", lambda _, some: taken.append(set(some)))
+    gpu._take_cores("ours", measures=True)
+    gpu._take_cores(gpu.PEER, measures=True)
+    gpu._take_cores("ours", measures=False)
+    assert taken == [ours, peers, others]
 
 
 def test_wrong_results_are_not_timed():

@@ -12,7 +12,6 @@ import torch
 from shapes import variants
 
 from fla import ops
-from fla.ops.common import contract
 from fla.ops.common.boundary import Operator
 from fla.ops.linear_attn.utils import normalize_with_z_state
 from fla.testing import Shape
@@ -300,30 +299,3 @@ def test_host_copies(qkv):
         ops.chunk_simple_gla(**packed, cu_seqlens=bounds, cu_seqlens_cpu=torch.tensor([0, 3, 6]))
     with pytest.raises(ValueError, match="cu_seqlens_cpu: expected None without cu_seqlens"):
         ops.chunk_simple_gla(**packed, cu_seqlens_cpu=bounds)
-
-
-def test_a_check_that_passed_is_not_made_again():
-    made = []
-
-    @contract.once
-    def check(x, size):
-        made.append(1)
-        return contract.operands(x=(x, "T 3" if size else "T"))["T"]
-
-    x = torch.zeros(2, 3)
-    assert [check(x, 1), check(torch.ones(2, 3), 1), check(x.half(), 1), check(x, 1)] == [2] * 4
-    assert len(made) == 2
-    for wrong in (x, x, [x], None):
-        with pytest.raises((TypeError, ValueError), match="x: expected"):
-            check(wrong, 0)
-    assert len(made) == 6
-    assert check(x[:1], 1) == 1 and check(torch.nn.Parameter(x), 1) == 2 and len(made) == 7
-
-
-def test_checks_are_not_remembered_for_ever(monkeypatch):
-    monkeypatch.setattr(contract, "_REMEMBERED", 4)
-    made = []
-    check = contract.once(made.append)
-    for i in (0, 1, 2, 3, 3, 4, 0):
-        check(i)
-    assert made == [0, 1, 2, 3, 4, 0]

@@ -19,15 +19,20 @@ from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
+from fla.ops.common.once import once
 
 HEAD_LIMITS = {"K": 256, "V": 512}
 
 
 class Options(NamedTuple):
-    """What a call wants beside its tensors.
+    """What a call wants beside its tensors; ``window_size`` None is no window."""
 
-    ``window_size`` None is no window; decoding multiplies g by ``gate_scale``.
-    """
+    scale: float
+    window_size: int | None = None
+
+
+class DecodingOptions(NamedTuple):
+    """The same for decoding, and the factor on g."""
 
     scale: float
     window_size: int | None = None
@@ -65,8 +70,9 @@ def softmax_engine(
     """Check the arguments and run: o [B, T, HQ, V]."""
     operands = q, k, v, g, sink_bias, cu_seqlens
     _check(*operands)
+    window_size = _window(window_size)
     scale = contract.scale_or_default(scale, q.shape[-1])
-    return _forward(*operands, scale, _window(window_size))[0]
+    return _forward(*operands, scale, window_size)[0]
 
 
 def decoding_engine(
@@ -83,15 +89,16 @@ def decoding_engine(
 ) -> Tensor:
     """Check the arguments and run one step: o [1, N, HQ, V], without a gradient."""
     _check_decoding(q, k, v, g, sink_bias, cu_seqlens)
+    window_size = _window(window_size)
     scale = contract.scale_or_default(scale, q.shape[-1])
     gate_scale = scale if do_gate_scale else 1.0
     tensors: Iterable[Tensor | None] = (q, k, v, g, sink_bias)
     if torch.is_grad_enabled():
         tensors = (None if x is None else x.detach() for x in tensors)
-    return _decoding(*tensors, cu_seqlens, scale, _window(window_size), gate_scale)
+    return _decoding(*tensors, cu_seqlens, scale, window_size, gate_scale)
 
 
-@contract.once
+@once
 def _check(q, k, v, g, sink_bias, cu_seqlens) -> None:
     """The shapes, dtypes and devices that the engine takes."""
     sizes = contract.operands(
@@ -105,7 +112,7 @@ def _check(q, k, v, g, sink_bias, cu_seqlens) -> None:
     contract.number_of_sequences(q, cu_seqlens)
 
 
-@contract.once
+@once
 def _check_decoding(q, k, v, g, sink_bias, cu_seqlens) -> None:
     """The same for decoding: a query for each sequence."""
     sizes = contract.operands(
@@ -135,12 +142,12 @@ def _window(size: int | None) -> int | None:
     return size
 
 
-def _nothing_to_see(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+def _nothing_to_see(q: Tensor, k: Tensor, v: Tensor, options: Options | DecodingOptions) -> bool:
     """Every output and gradient is zero or empty; no implementation needs to know such calls."""
     return options.window_size == 0 or not (q.numel() and k.numel() and v.numel())
 
 
-def _problem(q: Tensor, v: Tensor, options: Options) -> Problem:
+def _problem(q: Tensor, v: Tensor, options: Options | DecodingOptions) -> Problem:
     return Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options)
 
 
@@ -163,7 +170,7 @@ def _run_backward(q, do, k, v, g, sink_bias, cu_seqlens, o, lse, *options):
 
 def _run_decoding(q, k, v, g, sink_bias, cu_seqlens, *options):
     contract.boundaries(cu_seqlens, None, k.shape[1])
-    options = Options(*options)
+    options = DecodingOptions(*options)
     if _nothing_to_see(q, k, v, options):
         return _fake_decoding(q, k, v).zero_()
     stages = DECODING.choose(_problem(q, v, options))

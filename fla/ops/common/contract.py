@@ -19,8 +19,6 @@ import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Calls of which ``once`` knows that they are right: lengths differ from batch to batch
-_REMEMBERED = 1024
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HINTS = {
     "head_first": "tensors are always [B, T, H, D]; pass x.transpose(1, 2) for a head-first x",
@@ -58,35 +56,6 @@ def _flag(name: str, value: Any) -> bool:
     if isinstance(value, int) or (kind.__module__ == "numpy" and kind.__name__[:4] == "bool"):
         return bool(value)
     raise TypeError(f"{name}: expected True or False, got {kind.__name__}")
-
-
-def once(check: Function) -> Function:
-    """Make a check that passed only once for arguments that it cannot tell apart.
-
-    So it may look at shapes, dtypes and devices of tensors, but at no value in them.  A step of
-    decoding takes the host as long to check as to launch.
-    """
-    passed: dict[tuple[Any, ...], Any] = {}
-
-    @functools.wraps(check)
-    def checked(*args):
-        if torch.compiler.is_compiling():  # sizes are symbols
-            return check(*args)
-        key = tuple(
-            [(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else x for x in args]
-        )
-        try:
-            found = passed.get(key, passed)
-        except TypeError:  # what no call takes has no hash
-            return check(*args)
-        if found is passed:
-            found = check(*args)
-            if len(passed) == _REMEMBERED:
-                passed.clear()
-            passed[key] = found
-        return found
-
-    return checked  # type: ignore[return-value]
 
 
 def operands(

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from fla.ops.common.once import once
+
 # Names given to ``use``, innermost last.  For all threads: autograd runs backwards in its own.
 _forced: list[str] = []
 
@@ -52,7 +54,7 @@ class Engine:
     def __init__(self, name: str, *implementations: Implementation):
         self.name, self.implementations = name, implementations
         self._warned: set[str] = set()
-        self._best = functools.lru_cache(self._find)
+        self._best = once(self._search)  # what a machine can do does not change
         Engine.registry[name] = self
 
     def explain(self, problem: Problem) -> list[tuple[str, str | None]]:
@@ -60,19 +62,22 @@ class Engine:
         return [(each.name, each.refuses(problem)) for each in self.implementations]
 
     def choose(self, problem: Problem) -> Any:
-        """The module to call; what a machine can do does not change, so a problem is met once."""
+        """The module to call."""
         if _forced:
             return self._named(_forced[-1], problem)
-        return self._best(problem)
+        found, reason = self._best(problem)
+        if reason is not None:
+            self._warn(reason)
+        return found.stages
 
-    def _find(self, problem: Problem) -> ModuleType:
+    def _search(self, problem: Problem) -> tuple[Implementation, str | None]:
+        """The first without an objection, and why a GPU falls back on it where one does."""
         reason = "it has no kernels"
         for each in self.implementations:
             objection = each.refuses(problem)
             if objection is None:
-                if each.name == "eager" and problem.device.type not in ("cpu", "meta"):
-                    self._warn(reason)
-                return each.stages
+                falls_back = each.name == "eager" and problem.device.type not in ("cpu", "meta")
+                return each, reason if falls_back else None
             reason = objection
         raise RuntimeError(f"{self.name}: no implementation takes {problem}")
 

@@ -17,6 +17,7 @@ from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
+from fla.ops.common.once import once
 from fla.ops.common.sequences import Sequences
 from fla.ops.kda.gate import bound, gate_parameters
 
@@ -99,7 +100,7 @@ def delta_engine(
     if not options.gate:
         A_log = dt_bias = None
     operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu
-    _check(*operands, options)
+    _check(*operands, _to_check(options))
     o, final_state, h, _ = _forward(*operands, *_scaled(options, q.shape[-1]))
     return (
         o,
@@ -129,7 +130,7 @@ def delta_serve(
         A_log = dt_bias = None
     operands = q, k, v, g, beta, A_log, dt_bias
     state_shape = _check_serving(
-        *operands, initial_state, cu_seqlens, indices, accepted, out, inplace, options
+        *operands, initial_state, cu_seqlens, indices, accepted, out, inplace, _to_check(options)
     )
     with torch.no_grad():
         written = initial_state
@@ -143,7 +144,19 @@ def delta_serve(
     return out, written if inplace or options.output_final_state else None
 
 
-@contract.once
+def _to_check(options: Options) -> Options:
+    """The options that a check looks at; of a lower bound it is enough that there is one."""
+    return Options(
+        chunk_size=options.chunk_size,
+        gate=options.gate,
+        lower_bound=None if options.lower_bound is None else 0.0,
+        beta_sigmoid=options.beta_sigmoid,
+        neg_eigval=options.neg_eigval,
+        state_v_first=options.state_v_first,
+    )
+
+
+@once
 def _check(
     q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, options: Options
 ) -> None:
@@ -154,11 +167,11 @@ def _check(
     contract.operands(sizes, ("q", q), initial_state=state)
 
 
-@contract.once
+@once
 def _check_serving(
     q, k, v, g, beta, A_log, dt_bias,
     initial_state, cu_seqlens, indices, accepted, out, inplace: bool, options: Options,
-) -> list[int]:  # fmt: skip
+) -> tuple[int, ...]:  # fmt: skip
     """What a serving step wants of its arguments; the shape of its sequences' states."""
     sizes = _sizes(q, k, v, g, beta, A_log, dt_bias, options)
     sizes["N"] = contract.number_of_sequences(q, cu_seqlens)
@@ -168,7 +181,7 @@ def _check_serving(
     rows = "N" if indices is None else "slots"
     state = (initial_state, f"?{rows} HV {_tail(options)}")
     contract.operands(sizes, ("q", q), initial_state=state, out=(out, "?B T HV V"))
-    return [sizes[letter] for letter in ("N", "HV", *_tail(options).split())]
+    return tuple(sizes[letter] for letter in ("N", "HV", *_tail(options).split()))
 
 
 def _sizes(q, k, v, g, beta, A_log, dt_bias, options: Options) -> dict[str, int]:
@@ -270,9 +283,7 @@ def _known(h: Tensor, cu_seqlens, cu_seqlens_cpu, options: Options) -> Tensor:
 
 
 def _stages(q: Tensor, v: Tensor, options: Options, engine: Engine = ENGINE):
-    # numbers, where torch.compile has symbols for them: kernels are made for head sizes
-    K, V = int(q.shape[-1]), int(v.shape[-1])
-    return engine.choose(Problem(q.device, q.dtype, K, V, options))
+    return engine.choose(Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options))
 
 
 def _run_forward(

@@ -16,6 +16,7 @@ from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
+from fla.ops.common.once import once
 
 CHUNK_SIZES = (16, 32, 64, 128)
 HEAD_LIMITS = {"K": 512, "V": 512}
@@ -102,7 +103,7 @@ def linear_engine(
     return o, state, z if normalize else None
 
 
-@contract.once
+@once
 def _check(
     q, k, v, g, g_gamma, initial_state, initial_z, state_v_first: bool, cu_seqlens, cu_seqlens_cpu
 ) -> None:

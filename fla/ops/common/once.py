@@ -1,0 +1,51 @@
+"""Answers that are kept: what a call's shapes have been found to be is not asked again.
+
+A step of decoding takes the host as long to check, and to find who runs it, as to launch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Answers of a function: lengths differ from batch to batch
+KEPT = 1024
+# Beside what is known of a tensor, so that no tuple stands for one
+_TENSOR = object()
+
+
+def once(function: Function) -> Function:
+    """Call ``function`` once for arguments that are equal, and for tensors of equal shapes,
+    dtypes and devices: of a tensor it may look at nothing else.
+
+    What it raises is raised every time.  Arguments are kept, so none may be large.
+    """
+    answers: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(function)
+    def answer(*args):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # sizes are no numbers
+            return function(*args)
+        known = tuple(
+            [
+                (x.shape, x.dtype, x.device, _TENSOR) if isinstance(x, torch.Tensor) else x
+                for x in args
+            ]
+        )
+        try:
+            found = answers.get(known, _TENSOR)
+        except TypeError:  # without a hash: sizes that are symbols, or what no call takes
+            return function(*args)
+        if found is _TENSOR:
+            found = function(*args)
+            if len(answers) >= KEPT:
+                answers.clear()
+            answers[known] = found
+        return found
+
+    return answer  # type: ignore[return-value]
