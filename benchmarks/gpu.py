@@ -58,8 +58,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--compile", action="store_true", help="its kernels only")
     options = parser.parse_args(argv)
     passed = True
-    for engine in [options.only] if options.only else SUITES:
-        suite = importlib.import_module(SUITES[engine]).SUITE
+    engines = [options.only] if options.only else list(SUITES)
+    suites = {engine: importlib.import_module(SUITES[engine]).SUITE for engine in engines}
+    if not any(options.rows in row.name for suite in suites.values() for row in suite.rows):
+        parser.error(f"--rows: no row contains {options.rows!r}")
+    for engine, suite in suites.items():
         if options.library:
             work(suite, options)
         else:

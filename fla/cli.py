@@ -81,3 +81,7 @@ def _intruders() -> list[str]:
         if each.metadata["Name"] != DISTRIBUTION
         and any(file.parts[0] == "fla" for file in each.files or ())
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -255,3 +255,9 @@ def test_gpu_results_hold_what_is_printed(monkeypatch, tmp_path, capsys):
     assert all(row["name"] in printed for row in written["rows"])
     assert printed.count(" !") == 2 and "no answer" in printed
     assert gpu.main(["--only", "attn", "--out", str(tmp_path), "--rows", "N(0, 1)"]) == 0
+
+
+def test_rows_that_there_are_not(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "attn", "--rows", "nothing like it"])
+    assert "--rows: no row contains 'nothing like it'" in capsys.readouterr().err

@@ -253,6 +253,14 @@ def refusals():
             lambda: KimiDeltaAttention(safe_gate=True),
         ),
         (
+            "hidden_size / num_heads: expected a head of 1 to 256 channels, got 512",
+            lambda: Attention(hidden_size=1024, num_heads=2),
+        ),
+        (
+            "keys: expected a head of 1 to 256 channels, got 257",
+            lambda: KimiDeltaAttention(hidden_size=24, num_heads=2, head_dim=257),
+        ),
+        (
             "hidden_size: expected a multiple of num_heads = 3, got 8",
             lambda: Attention(hidden_size=8, num_heads=3),
         ),

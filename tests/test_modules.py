@@ -401,6 +401,18 @@ def test_rotary_of_packed_sequences():
 
 
 @outside
+@pytest.mark.parametrize(
+    "bounds, problem",
+    [([0, 3], "end at T = 5"), ([2, 5], "start at 0"), ([0, 4, 2, 5], "not to decrease")],
+)
+def test_rotary_wants_boundaries_that_fit(bounds, problem):
+    q = torch.randn(1, 5, 2, 8)
+    with pytest.raises(ValueError, match=f"cu_seqlens: expected (to )?{problem}"):
+        RotaryEmbedding(8)(q, q, cu_seqlens=torch.tensor(bounds))
+    with pytest.raises(TypeError, match="seqlen_offset: expected a whole number, got float"):
+        RotaryEmbedding(8)(q, q, 1.5)
+
+
 def test_rotary_scores_follow_distance_alone():
     rotary = RotaryEmbedding(8)
     q, k = draw(1, 5, 1, 8), draw(1, 5, 1, 8, seed=1)

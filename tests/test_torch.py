@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch._dynamo.testing
+from alone import run_alone
 from shapes import variants
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -299,3 +300,20 @@ def test_torch_func_around_what_it_does_not_differentiate(spec, variant):
     assert relative_error(found, expected.sum()) < 1e-11
     detached = torch.func.grad(lambda x: (x.sum() * run(x.detach())).sum())(x)
     assert relative_error(detached, expected.sum().expand_as(x)) < 1e-11
+
+
+COLD = """
+import torch
+from fla import ops
+
+q = torch.randn(1, 64, 2, 8)
+arguments = q, q, q, -q.abs(), q[..., 0].sigmoid()
+run = lambda *x: ops.chunk_kda(*x, use_qk_l2norm_in_kernel=True)[0]
+compiled = torch.compile(run, fullgraph=True, backend="eager")(*arguments)
+torch.testing.assert_close(compiled, run(*arguments))
+"""
+
+
+def test_the_first_call_of_a_process_may_be_compiled():
+    """What its graph imports is imported for all calls."""
+    run_alone("-c", COLD)

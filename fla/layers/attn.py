@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fla.layers.cache import State
-from fla.layers.mixer import Call, Mixer, multiple
+from fla.layers.mixer import Call, Mixer, fits, multiple
 from fla.layers.tokens import Tokens
 from fla.modules import RMSNorm, RotaryEmbedding
 from fla.ops.attn import parallel_attn
@@ -35,6 +35,7 @@ class SoftmaxMixer(Mixer):
         self.hidden_size, self.layer_idx, self.window_size = hidden_size, layer_idx, window_size
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = hidden_size // num_heads
+        fits("hidden_size / num_heads", self.head_dim, 256)
         kv_dim = num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)

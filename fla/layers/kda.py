@@ -48,6 +48,8 @@ class KimiDeltaAttention(MemoryMixer):
         norm_eps: added to the mean square in the norm.
     """
 
+    head_limits = 256, 512
+
     def __init__(
         self,
         hidden_size: int = 2048,

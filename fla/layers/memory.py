@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fla.layers.mixer import Call, Mixer, channels, multiple
+from fla.layers.mixer import Call, Mixer, channels, fits, multiple
 from fla.modules import ShortConvolution
 
 
 class MemoryMixer(Mixer):
     """Projections to heads of queries, keys and values, each with an optional short convolution."""
+
+    head_limits = 512, 512  # the most channels of a head of keys, and of values
 
     def __init__(
         self,
@@ -27,6 +29,8 @@ class MemoryMixer(Mixer):
         super().__init__()
         self.hidden_size, self.layer_idx = hidden_size, layer_idx
         self.head_k_dim, self.head_v_dim = head_dims
+        for name, size, limit in zip(("keys", "values"), head_dims, self.head_limits, strict=True):
+            fits(name, size, limit)
         self.num_heads, self.state_heads = heads[0], max(heads)
         self._head_dims = (*head_dims[:1], *head_dims)
         dims = [number * size for number, size in zip(heads, self._head_dims, strict=True)]

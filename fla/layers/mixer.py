@@ -133,6 +133,12 @@ def channels(name: str, size: float) -> int:
     return whole
 
 
+def fits(name: str, size: int, limit: int) -> None:
+    """A head may have so many channels."""
+    if not 1 <= size <= limit:
+        raise ValueError(f"{name}: expected a head of 1 to {limit} channels, got {size}")
+
+
 def _options(layer: str, kwargs: dict[str, Any]) -> Tensor | None:
     """``cu_seqlens`` from the keywords of a call."""
     known = {"cu_seqlens", "output_attentions"}

@@ -66,7 +66,8 @@ class ShortConvolution(nn.Conv1d):
             x: inputs ``[B, T, D]``.
             residual: added to the result ``[B, T, D]``.
             mask: 0 where an input counts as zero ``[B, T]``.
-            cache: the last W inputs before these ``[N, D, W]``; zeros by default.
+            cache: the last W inputs before these ``[N, D, W]``; zeros by default.  It stays as it
+                is: the next call wants the one that this call returns.
             output_final_state: whether to return the last W inputs after these.
             cu_seqlens: boundaries ``[N + 1]`` of sequences packed into a batch of one.
 

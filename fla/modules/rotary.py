@@ -50,6 +50,10 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(
                 f"seqlen_offset: expected [N] = [{N}], got {list(seqlen_offset.shape)}"
             )
+        if not torch.compiler.is_compiling():  # which cannot trace values
+            contract.boundaries(cu_seqlens, None, q.shape[1])
+            if not isinstance(seqlen_offset, Tensor):
+                contract.whole_number("seqlen_offset", seqlen_offset)
         cos, sin = self._angles(q, seqlen_offset, cu_seqlens)
         return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
 

@@ -24,10 +24,6 @@ from fla.ops.kda.eager_pairs import Pairs, Run, causal
 from fla.ops.kda.gate import Gate, like
 from fla.ops.kda.pool import load, longest, store
 
-# The root of ε in the l2norm; on the host, whichever device a caller has made the default.
-_SQRT_EPS = {
-    dtype: torch.tensor(1e-3, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)
-}
 _LARGEST_CHUNK = 64
 # Elements of one operand in a run of chunks: small enough for a core's cache, large enough that
 # PyTorch's overhead a call does not show.
@@ -354,8 +350,8 @@ class _Gradients:
 
 
 def _length(x: Tensor) -> Tensor:
-    """sqrt(Σx² + ε)."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(_SQRT_EPS[x.dtype])
+    """sqrt(Σx² + ε); a constant tensor of the module would be a fake one if a graph imports it."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(x.new_full((), 1e-3))
 
 
 def _unit_backward(x: Tensor, dy: Tensor) -> Tensor:
