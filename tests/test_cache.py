@@ -230,3 +230,13 @@ def test_refusals():
         ValueError, match=r"state_dict: expected seen and some of .* for layer 0, go"
     ):
         cache.load_state_dict({"layers": {0: {"seen": 1, "ssm_state": draw(1)}}})
+
+
+def test_arguments_that_are_none():
+    cache = Cache()
+    with pytest.raises(TypeError, match="beam_idx: expected a tensor, got list"):
+        cache.reorder_cache([1, 0])
+    with pytest.raises(ValueError, match=r"beam_idx: expected \[N\], got \[\]"):
+        cache.reorder_cache(torch.tensor(1))
+    with pytest.raises(TypeError, match="max_length: expected a whole number, got float"):
+        cache.crop(1.5)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla.ops.common import contract
+
 State = dict[str, Any]
 KINDS = ("recurrent_state", "conv_state", "attn_state", "attn_mask")
 
@@ -82,6 +84,10 @@ class Cache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was, ``[N]``; rows may repeat or be left out."""
+        if not isinstance(beam_idx, Tensor):
+            raise TypeError(f"beam_idx: expected a tensor, got {type(beam_idx).__name__}")
+        if beam_idx.dim() != 1:
+            raise ValueError(f"beam_idx: expected [N], got {list(beam_idx.shape)}")
         for layer_idx, state in self._states.items():
             self._states[layer_idx] = _map(
                 state, lambda x: x.index_select(0, beam_idx.to(x.device))
@@ -93,6 +99,7 @@ class Cache:
         Keys and values can be forgotten.  A recurrent state, and the tokens that a window has left
         behind, cannot be brought back: that is an error, and nothing changes.
         """
+        max_length = contract.whole_number("max_length", max_length)
         lengths = {layer_idx: self._kept(layer_idx, max_length) for layer_idx in self}
         for layer_idx, (length, forgotten) in lengths.items():
             if forgotten:
