@@ -261,3 +261,10 @@ def test_rows_that_there_are_not(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--only", "attn", "--rows", "nothing like it"])
     assert "--rows: no row contains 'nothing like it'" in capsys.readouterr().err
+
+
+def test_rows_of_one_engine_start_no_other(monkeypatch):
+    ran = []
+    monkeypatch.setattr(gpu, "_run", lambda engine, *_: ran.append(engine) or True)
+    assert gpu.main(["--rows", "attn_decoding"]) == 0
+    assert ran == ["attn"]

@@ -10,13 +10,13 @@ import fla.ops
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# What stands beside what in the README, of the results on a CPU
-# The columns of an engine's table
+# The columns of an engine's table in the README
 QUOTED = {
     "kda": ("ours", "triton", "fla-core"),
     "linear": ("ours", "triton", "fla-core"),
     "softmax": ("ours", "fla-core", "cudnn"),
 }
+# What stands beside what there, of the results on a CPU
 BESIDE = (
     ("chunk_kda forward, T 2048", "transformers chunk forward, T 2048"),
     ("chunk_kda forward and backward, T 2048", "transformers chunk forward and backward, T 2048"),

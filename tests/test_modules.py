@@ -413,6 +413,7 @@ def test_rotary_wants_boundaries_that_fit(bounds, problem):
         RotaryEmbedding(8)(q, q, 1.5)
 
 
+@outside
 def test_rotary_scores_follow_distance_alone():
     rotary = RotaryEmbedding(8)
     q, k = draw(1, 5, 1, 8), draw(1, 5, 1, 8, seed=1)

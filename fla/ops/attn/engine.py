@@ -101,36 +101,31 @@ def decoding_engine(
 @once
 def _check(q, k, v, g, sink_bias, cu_seqlens) -> None:
     """The shapes, dtypes and devices that the engine takes."""
-    sizes = contract.operands(
-        q=(q, "B T HQ K"),
-        k=(k, "B T H K"),
-        v=(v, "B T H V"),
-        g=(g, "?B T HQ"),
-        sink_bias=(sink_bias, "?HQ"),
-    )
-    _check_heads(sizes)
+    _sizes(q, k, v, g, sink_bias, "B T", "B T")
     contract.number_of_sequences(q, cu_seqlens)
 
 
 @once
 def _check_decoding(q, k, v, g, sink_bias, cu_seqlens) -> None:
     """The same for decoding: a query for each sequence."""
-    sizes = contract.operands(
-        q=(q, "1 N HQ K"),
-        k=(k, "1 T H K"),
-        v=(v, "1 T H V"),
-        g=(g, "?1 T HQ"),
-        sink_bias=(sink_bias, "?HQ"),
-    )
-    _check_heads(sizes)
+    sizes = _sizes(q, k, v, g, sink_bias, "1 N", "1 T")
     N = 1 if cu_seqlens is None else contract.number_of_sequences(q, cu_seqlens)
     if sizes["N"] != N:
         raise ValueError(f"q: expected one query for each of {N} sequences, got {sizes['N']}")
 
 
-def _check_heads(sizes: dict[str, int]) -> None:
+def _sizes(q, k, v, g, sink_bias, queries: str, keys: str) -> dict[str, int]:
+    """What both want of operands and heads; ``queries`` and ``keys`` are how many there are."""
+    sizes = contract.operands(
+        q=(q, f"{queries} HQ K"),
+        k=(k, f"{keys} H K"),
+        v=(v, f"{keys} H V"),
+        g=(g, f"?{keys} HQ"),
+        sink_bias=(sink_bias, "?HQ"),
+    )
     contract.at_most(sizes, **HEAD_LIMITS)
     contract.divides(sizes, "HQ", "H")
+    return sizes
 
 
 def _window(size: int | None) -> int | None:
