@@ -1,7 +1,9 @@
 """Pairs of rows too steep for one anchor, on Hopper: ``halving_kernel`` with layouts by hand.
 
 A warp has a block of 16 tokens.  As an accumulator, as a left operand and, on its side, as a right
-one, a thread holds the same tokens and channels of it: nothing moves between threads.
+one, a thread holds the same tokens and channels of it: nothing moves between threads.  All levels
+but the last stay within half a block, 8 tokens: a product has the keys of a half in its first 8
+rows, in the others its queries.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from fla.ops.kda.hopper_intra import decays_of
 from fla.ops.kda.hopper_tiles import BLOCKS, C, as_mask, narrow, wide
 from fla.ops.kda.slots import locate
 
-LEVELS = gl.constexpr(4)
+# Tokens of half a block
+HALF = gl.constexpr(TILE.value // 2)
 # Channels at a time
 CHANNELS = gl.constexpr(32)
-# What a thread may have, that three programs run side by side
-REGISTERS = 168
+# What a thread may have, that four programs run side by side
+REGISTERS = 128
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))
 _LEFT = gl.constexpr(gl.DotOperandLayout(0, _ACC, 2))
 _RIGHT = gl.constexpr(gl.DotOperandLayout(1, _ACC, 2))
@@ -30,6 +33,9 @@ _BLOCK = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(2, _ACC)))
 _TOKEN = gl.constexpr(gl.SliceLayout(2, _ACC))
 _CHANNEL = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(1, _RIGHT)))
 _LINES = gl.constexpr(gl.BlockedLayout([1, 1, 8], [1, 8, 4], [1, 4, 1], [2, 1, 0]))
+_NUMBERS = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
+_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+_ROW = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0]))
 
 
@@ -57,31 +63,142 @@ def copied(p, stride, left, K: gl.constexpr):
 
 
 @gluon.jit
+def copied_factors(p):
+    """Factors on their way to shared memory, [4, BLOCKS, HALF]: halves of queries', of keys'."""
+    o_x = gl.arange(0, 4 * BLOCKS, gl.SliceLayout(1, _NUMBERS))[:, None]
+    o_t = gl.arange(0, HALF, gl.SliceLayout(0, _NUMBERS))[None, :]
+    tile = gl.allocate_shared_memory(gl.float32, [4 * BLOCKS, HALF], _PLAIN)
+    o_t += o_x // (2 * BLOCKS) * C + o_x // BLOCKS % 2 * HALF + o_x % BLOCKS * TILE
+    async_copy.async_copy_global_to_shared(tile, p + o_t)
+    return tile._reinterpret(gl.float32, [4, BLOCKS, HALF], _PLAIN)
+
+
+@gluon.jit
+def kept_biases(p, K: gl.constexpr):
+    """Biases of a head in shared memory, [K / CHANNELS, CHANNELS]."""
+    b_bias = gl.load(p + gl.arange(0, K, along(gl.num_warps()))).to(gl.float32)
+    tile = gl.allocate_shared_memory(gl.float32, [K], _ROW)
+    tile.store(b_bias)
+    return tile._reinterpret(gl.float32, [K // CHANNELS, CHANNELS], _ROW)
+
+
+@gluon.jit
 def tokens_at(tiles, i):
     """Channels i · CHANNELS on of all tokens, [BLOCKS, TILE, CHANNELS] in fp32."""
     return wide(gl.convert_layout(tiles.index(i).load(_LEFT), _ACC, assert_trivial=True))
 
 
 @gluon.jit
-def factors_at(p):
-    """A number for each token, [BLOCKS, TILE, 1] as rows and [BLOCKS, 1, TILE] as columns."""
-    o_b = gl.arange(0, BLOCKS, _BLOCK)[:, None]
-    o_r = gl.arange(0, TILE, gl.SliceLayout(0, _TOKEN))[None, :]
-    o_c = gl.arange(0, TILE, gl.SliceLayout(0, gl.SliceLayout(1, _ACC)))[None, :]
-    b_rows = gl.load(p + o_b * TILE + o_r)
-    o_b = gl.arange(0, BLOCKS, gl.SliceLayout(1, gl.SliceLayout(1, _ACC)))[:, None]
-    return b_rows[:, :, None], gl.load(p + o_b * TILE + o_c)[:, None, :]
+def halves(b_x):
+    """The first and the last tokens of each block, [BLOCKS, HALF, ...] of [BLOCKS, TILE, ...]."""
+    b_x = b_x.reshape([BLOCKS, 2, HALF] + b_x.shape[2:])  # noqa: RUF005, stars are not compiled
+    if len(b_x.shape) == 3:
+        b_x = b_x.permute((0, 2, 1))
+    else:
+        b_x = b_x.permute((0, 2, 3, 1))
+    return gl.split(b_x)
+
+
+@gluon.jit
+def pairs(b_key, b_query, b_right, b_acc):
+    """Products of keys and, in rows below them, of queries with the keys ``b_right``."""
+    b_left = gl.join(b_key, b_query).permute((0, 3, 1, 2)).reshape([BLOCKS, TILE, CHANNELS])
+    b_left = gl.convert_layout(b_left, _LEFT, assert_trivial=True)
+    b_right = gl.convert_layout(b_right.permute((0, 2, 1)), _RIGHT, assert_trivial=True)
+    return mma_v2(b_left, b_right, b_acc)
 
 
 @gluon.jit
 def segment(level: gl.constexpr):
-    """``halving.segment_mask`` of a block as left operand, [BLOCKS, TILE, TILE]."""
-    o_i = gl.arange(0, TILE, rows_of(_LEFT))[None, :, None]
-    o_l = gl.arange(0, TILE, columns_of(_LEFT))[None, None, :]
-    o_b = gl.arange(0, BLOCKS, gl.SliceLayout(1, gl.SliceLayout(2, _LEFT)))[:, None, None]
-    near = (o_i >> level) == (o_l >> level)
-    m = near & ((((o_i >> level) & 1) == 1) == (o_l <= o_i))
+    """``halving.segment_mask`` of each half of a block, on its side, beside every 8 channels."""
+    o_l = gl.arange(0, TILE, gl.SliceLayout(0, gl.SliceLayout(2, _RIGHT)))[None, :, None]
+    o_c = gl.arange(0, CHANNELS, gl.SliceLayout(0, gl.SliceLayout(1, _RIGHT)))[None, None, :]
+    o_b = gl.arange(0, BLOCKS, gl.SliceLayout(1, gl.SliceLayout(2, _RIGHT)))[:, None, None]
+    second = o_l >= HALF
+    o_l = o_l % HALF
+    o_i = o_c % HALF
+    if level < 3:
+        second = ((o_i >> level) & 1) == 1
+    m = ((o_i >> level) == (o_l >> level)) & (second == (o_l <= o_i))
     return as_mask(m & (o_b >= 0))
+
+
+@gluon.jit
+def products(m_0, m_1, b_high, b_low):
+    """Sums of ``b_high`` and ``b_low`` over the tokens of two masks, [BLOCKS, TILE, CHANNELS].
+
+    A segment lies within 8 tokens: rows 0 to 7 of a product are its sums for one level, rows 8 to
+    15 for another.  A thread gets the sums of tokens and channels that it holds as an accumulator.
+    """
+    b_0, b_1 = products_of_eight(m_0, m_1, b_high, b_low)
+    return turned(b_0), turned(b_1)
+
+
+@gluon.jit
+def products_of_eight(m_0, m_1, b_high, b_low):
+    """Two masks times each 8 tokens and 8 channels; the results are on their side."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .f32 a, b, c, d, z;
+        mov.f32 z, 0f00000000;
+        mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {a,b,c,d}, {$4,$5}, {$6}, {z,z,z,z};
+        mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5}, {$7}, {a,b,c,d};
+        }""",
+        "=f,=f,=f,=f,r,r,r,r", [m_0, m_1, b_high, b_low], (gl.float32, gl.float32), True, 2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def turned(b_x):
+    """Tiles of 8 tokens and 8 channels put upright."""
+    b_x = b_x.reshape([BLOCKS, 2, HALF, CHANNELS // HALF, HALF]).permute((0, 1, 4, 3, 2))
+    b_x = b_x.reshape([BLOCKS, TILE, CHANNELS])
+    return gl.convert_layout(b_x, _ACC, assert_trivial=True)
+
+
+@gluon.jit
+def pair_mask(level: gl.constexpr, LAYOUT: gl.constexpr):
+    """``halving.level_mask`` of half a block."""
+    o_i = gl.arange(0, HALF, rows_of(LAYOUT))[None, :, None] >> level
+    o_j = gl.arange(0, HALF, columns_of(LAYOUT))[None, None, :] >> level
+    return (o_i == o_j + 1) & ((o_i & 1) == 1)
+
+
+@gluon.jit
+def merged(r_0, r_1, r_2, b_own):
+    """Of products in one half of a block those of keys, and of queries, whose own key is there."""
+    a_0, m_0 = halves(r_0)
+    a_1, m_1 = halves(r_1)
+    a_2, m_2 = halves(r_2)
+    LAYOUT: gl.constexpr = a_0.type.layout
+    b_own = gl.convert_layout(b_own, gl.SliceLayout(2, LAYOUT), assert_trivial=True)
+    m = pair_mask(0, LAYOUT)
+    b_a = gl.where(m, a_0, 0.0)
+    b_m = gl.where(m, m_0, b_own[:, :, None])
+    m = pair_mask(1, LAYOUT)
+    b_a = gl.where(m, a_1, b_a)
+    b_m = gl.where(m, m_1, b_m)
+    m = pair_mask(2, LAYOUT)
+    return gl.where(m, a_2, b_a), gl.where(m, m_2, b_m)
+
+
+@gluon.jit
+def put(queries, keys, factors, b_near, scale, b_m, b_a, I: gl.constexpr, J: gl.constexpr):
+    """Half I of the rows, from row ``b_near`` on, and half J of the columns of each block."""
+    LAYOUT: gl.constexpr = b_a.type.layout
+    BLOCK: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
+    ROW: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+    o_b = gl.arange(0, BLOCKS, BLOCK)[:, None, None]
+    o_i = gl.arange(0, HALF, rows_of(LAYOUT))[None, :, None] + I * HALF
+    o_j = gl.arange(0, HALF, columns_of(LAYOUT))[None, None, :] + J * HALF
+    b_near = gl.convert_layout(b_near, BLOCK, assert_trivial=True)
+    m = (o_j <= o_i) & (o_i >= b_near[:, None, None])
+    o_x = (o_b * TILE + o_i) * C + o_b * TILE + o_j
+    b_columns = factors.index(2 + J).load(gl.SliceLayout(1, LAYOUT))[:, None, :]
+    b_m *= factors.index(I).load(ROW)[:, :, None] * scale * b_columns
+    b_a *= factors.index(2 + I).load(ROW)[:, :, None] * b_columns
+    gl.store(queries + o_x, b_m.to(queries.dtype.element_ty), m)
+    gl.store(keys + o_x, b_a.to(keys.dtype.element_ty), m)
 
 
 @gluon.jit(do_not_specialize=["T", "rows"])
@@ -111,57 +228,54 @@ def hopper_halving_kernel(
     g_tiles = copied(g + (token * HV + i_hv) * K, HV * K, left, K)
     k_tiles = copied(k + (token * H + i_h) * K, H * K, left, K)
     q_tiles = copied(q + (token * H + i_h) * K, H * K, left, K)
+    factors = copied_factors(factors + place * (2 * C))
     async_copy.commit_group()
+    BIASED: gl.constexpr = GATE and dt_bias is not None
+    if BIASED:
+        biases = kept_biases(dt_bias + i_hv * K, K)
     rate = gl.maximum(load_rate(A_log, i_hv, GATE), 1e-30)
-    factors += place * (2 * C)
-    q_rows, _ = factors_at(factors)
-    k_rows, k_columns = factors_at(factors + C)
 
-    zero = gl.zeros([BLOCKS, TILE, CHANNELS], gl.float32, _ACC)
-    none = gl.zeros([BLOCKS, TILE, TILE], gl.float32, _ACC)
+    none = gl.zeros([BLOCKS, TILE, HALF], gl.float32, _ACC)
     b_own = gl.zeros([BLOCKS, TILE], gl.float32, _TOKEN)
-    r_a = (none, none, none, none)
-    r_m = r_a
+    r_0 = (none, none, none)
+    r_1 = r_0
+    r_far = none
+    masks = (segment(0), segment(1), segment(2), segment(3))
     async_copy.wait_group(0)
     gl.thread_barrier()
     for i in range(K // CHANNELS):
         b_bias = gl.zeros([CHANNELS], gl.float32, _CHANNEL)
-        if GATE:
-            if dt_bias is not None:
-                o_k = i * CHANNELS + gl.arange(0, CHANNELS, _CHANNEL)
-                b_bias = gl.load(dt_bias + i_hv * K + o_k).to(gl.float32)
-        b_x = g_tiles.index(i).load(_RIGHT).to(gl.float32)
+        if BIASED:
+            b_bias = biases.index(i).load(_CHANNEL)
+        b_x = g_tiles.index(i).load(_RIGHT)
+        b_x = wide(b_x) if b_x.dtype == gl.bfloat16 else b_x.to(gl.float32)
         b_g = decays_of(b_x, b_bias[None, None, :], rate, lower_bound, GATE)
         b_high, b_high32 = narrow(b_g)
         b_low = (b_g - b_high32).to(gl.bfloat16)
         b_q = tokens_at(q_tiles, i)
         b_k = tokens_at(k_tiles, i)
         b_own += gl.sum(b_q * b_k, 2)
-        for level in gl.static_range(LEVELS):
-            m = segment(level)
-            b_decay = weight_of(mma_v2(m, b_low, mma_v2(m, b_high, zero)), FORGETS)
-            b_key = (b_k * b_decay).to(gl.bfloat16)
-            b_query = (b_q * b_decay).to(gl.bfloat16)
-            b_right = gl.convert_layout(b_key.permute((0, 2, 1)), _RIGHT, assert_trivial=True)
-            b_left = gl.convert_layout(b_key, _LEFT, assert_trivial=True)
-            r_a = replaced(r_a, level, mma_v2(b_left, b_right, r_a[level]))
-            b_left = gl.convert_layout(b_query, _LEFT, assert_trivial=True)
-            r_m = replaced(r_m, level, mma_v2(b_left, b_right, r_m[level]))
+        r_sum = products(masks[0], masks[1], b_high, b_low)
+        r_sum += products(masks[2], masks[3], b_high, b_low)
+        for level in gl.static_range(4):
+            b_decay = weight_of(r_sum[level], FORGETS)
+            k_0, k_1 = halves((b_k * b_decay).to(gl.bfloat16))
+            q_0, q_1 = halves((b_q * b_decay).to(gl.bfloat16))
+            if level < 3:
+                r_0 = replaced(r_0, level, pairs(k_0, q_0, k_0, r_0[level]))
+                r_1 = replaced(r_1, level, pairs(k_1, q_1, k_1, r_1[level]))
+            else:
+                r_far = pairs(k_1, q_1, k_0, r_far)
 
-    o_b = gl.arange(0, BLOCKS, _BLOCK)[:, None, None]
-    o_i = gl.arange(0, TILE, rows_of(_ACC))[None, :, None]
-    o_j = gl.arange(0, TILE, columns_of(_ACC))[None, None, :]
-    b_a = none
-    b_m = gl.where(o_i == o_j, b_own[:, :, None], none)
-    for level in gl.static_range(LEVELS):
-        m = ((o_i >> level) == (o_j >> level) + 1) & (((o_i >> level) & 1) == 1)
-        b_a = gl.where(m, r_a[level], b_a)
-        b_m = gl.where(m, r_m[level], b_m)
-    m = (o_j <= o_i) & (o_i >= b_near[:, None, None])
-    o_x = place * (C * C) + (o_b * TILE + o_i) * C + o_b * TILE + o_j
-    dtype: gl.constexpr = keys.dtype.element_ty
-    gl.store(keys + o_x, (b_a * k_rows * k_columns).to(dtype), m)
-    gl.store(queries + o_x, (b_m * (q_rows * scale) * k_columns).to(dtype), m)
+    own_0, own_1 = halves(b_own)
+    queries += place * (C * C)
+    keys += place * (C * C)
+    b_a, b_m = merged(r_0[0], r_0[1], r_0[2], own_0)
+    put(queries, keys, factors, b_near, scale, b_m, b_a, 0, 0)
+    b_a, b_m = merged(r_1[0], r_1[1], r_1[2], own_1)
+    put(queries, keys, factors, b_near, scale, b_m, b_a, 1, 1)
+    b_a, b_m = halves(r_far)
+    put(queries, keys, factors, b_near, scale, b_m, b_a, 1, 0)
 
 
 def run_halving(call) -> None:
