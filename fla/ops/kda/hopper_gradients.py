@@ -21,6 +21,7 @@ from fla.ops.kda.hopper_pairs import CHANNELS, gains_at, put_step, rooms, throug
 from fla.ops.kda.hopper_tiles import (
     BLOCKS,
     SHARED,
+    VECTOR,
     C,
     as_mask,
     copied,
@@ -42,7 +43,6 @@ _PAIRS = gl.constexpr(gl.BlockedLayout([1, 1, 8], [1, 16, 2], [1, 4, 1], [2, 1, 
 _WORDS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 _COLUMNS = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0]))
 _SMALL = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
-_VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -69,9 +69,9 @@ def copied_pairs(p):
 @gluon.jit
 def copied_vector(p, N: gl.constexpr):
     """N numbers likewise."""
-    vector = gl.allocate_shared_memory(p.dtype.element_ty, [1, N], _VECTOR)
+    vector = gl.allocate_shared_memory(p.dtype.element_ty, [1, N], VECTOR)
     async_copy.async_copy_global_to_shared(vector.index(0), p + gl.arange(0, N, _WORDS))
-    return vector._reinterpret(p.dtype.element_ty, [N // TILE, TILE], _VECTOR)
+    return vector._reinterpret(p.dtype.element_ty, [N // TILE, TILE], VECTOR)
 
 
 @gluon.jit
@@ -262,17 +262,17 @@ def hopper_gradients_kernel(
         o_w = gl.arange(0, 2 * C, _WORDS)
         b_factor = gl.load(factors + place * (2 * C) + o_w)
         b_radial = gl.load(radial + place * (2 * C) + o_w) * (b_factor * b_factor)
-        radials = gl.allocate_shared_memory(gl.float32, [1, 2 * C], _VECTOR)
+        radials = gl.allocate_shared_memory(gl.float32, [1, 2 * C], VECTOR)
         radials.index(0).store(b_radial)
-        radials = radials._reinterpret(gl.float32, [2 * BLOCKS, TILE], _VECTOR)
+        radials = radials._reinterpret(gl.float32, [2 * BLOCKS, TILE], VECTOR)
 
     # keys at the end of their blocks, what gates gain between them and the chunk's end, and decays;
     # in a loop that stays one, for more straight code than what follows waits for its instructions
     async_copy.wait_group(1)
     ends = gl.allocate_shared_memory(gl.bfloat16, [BLOCKS, TILE, CHANNELS], SHARED)
     b_none = gl.zeros_like(b_bias)
-    decays = gl.allocate_shared_memory(gl.float32, [BLOCKS, CHANNELS], _VECTOR)
-    outs = gl.allocate_shared_memory(gl.float32, [BLOCKS, CHANNELS], _VECTOR)
+    decays = gl.allocate_shared_memory(gl.float32, [BLOCKS, CHANNELS], VECTOR)
+    outs = gl.allocate_shared_memory(gl.float32, [BLOCKS, CHANNELS], VECTOR)
     b_rest = gl.zeros([CHANNELS], gl.float32, _CHANNEL)
     for i in range(BLOCKS):
         i_b = BLOCKS - 1 - i

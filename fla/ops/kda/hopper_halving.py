@@ -17,7 +17,7 @@ from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
 from fla.ops.kda.halving import TILE, load_rate, replaced, weight_of
 from fla.ops.kda.hopper_intra import decays_of
-from fla.ops.kda.hopper_tiles import BLOCKS, C, as_mask, narrow, wide
+from fla.ops.kda.hopper_tiles import BLOCKS, PLAIN, VECTOR, C, as_mask, narrow, wide
 from fla.ops.kda.slots import locate
 
 # Tokens of half a block
@@ -34,8 +34,6 @@ _TOKEN = gl.constexpr(gl.SliceLayout(2, _ACC))
 _CHANNEL = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(1, _RIGHT)))
 _LINES = gl.constexpr(gl.BlockedLayout([1, 1, 8], [1, 8, 4], [1, 4, 1], [2, 1, 0]))
 _NUMBERS = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
-_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-_ROW = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0]))
 
 
@@ -67,19 +65,19 @@ def copied_factors(p):
     """Factors on their way to shared memory, [4, BLOCKS, HALF]: halves of queries', of keys'."""
     o_x = gl.arange(0, 4 * BLOCKS, gl.SliceLayout(1, _NUMBERS))[:, None]
     o_t = gl.arange(0, HALF, gl.SliceLayout(0, _NUMBERS))[None, :]
-    tile = gl.allocate_shared_memory(gl.float32, [4 * BLOCKS, HALF], _PLAIN)
+    tile = gl.allocate_shared_memory(gl.float32, [4 * BLOCKS, HALF], PLAIN)
     o_t += o_x // (2 * BLOCKS) * C + o_x // BLOCKS % 2 * HALF + o_x % BLOCKS * TILE
     async_copy.async_copy_global_to_shared(tile, p + o_t)
-    return tile._reinterpret(gl.float32, [4, BLOCKS, HALF], _PLAIN)
+    return tile._reinterpret(gl.float32, [4, BLOCKS, HALF], PLAIN)
 
 
 @gluon.jit
 def kept_biases(p, K: gl.constexpr):
     """Biases of a head in shared memory, [K / CHANNELS, CHANNELS]."""
     b_bias = gl.load(p + gl.arange(0, K, along(gl.num_warps()))).to(gl.float32)
-    tile = gl.allocate_shared_memory(gl.float32, [K], _ROW)
+    tile = gl.allocate_shared_memory(gl.float32, [K], VECTOR)
     tile.store(b_bias)
-    return tile._reinterpret(gl.float32, [K // CHANNELS, CHANNELS], _ROW)
+    return tile._reinterpret(gl.float32, [K // CHANNELS, CHANNELS], VECTOR)
 
 
 @gluon.jit
@@ -165,21 +163,20 @@ def pair_mask(level: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def merged(r_0, r_1, r_2, b_own):
+def merged(r, b_own):
     """Of products in one half of a block those of keys, and of queries, whose own key is there."""
-    a_0, m_0 = halves(r_0)
-    a_1, m_1 = halves(r_1)
-    a_2, m_2 = halves(r_2)
-    LAYOUT: gl.constexpr = a_0.type.layout
+    b_a, b_m = halves(r[0])
+    LAYOUT: gl.constexpr = b_a.type.layout
     b_own = gl.convert_layout(b_own, gl.SliceLayout(2, LAYOUT), assert_trivial=True)
     m = pair_mask(0, LAYOUT)
-    b_a = gl.where(m, a_0, 0.0)
-    b_m = gl.where(m, m_0, b_own[:, :, None])
-    m = pair_mask(1, LAYOUT)
-    b_a = gl.where(m, a_1, b_a)
-    b_m = gl.where(m, m_1, b_m)
-    m = pair_mask(2, LAYOUT)
-    return gl.where(m, a_2, b_a), gl.where(m, m_2, b_m)
+    b_a = gl.where(m, b_a, 0.0)
+    b_m = gl.where(m, b_m, b_own[:, :, None])
+    for level in gl.static_range(1, 3):
+        b_keys, b_queries = halves(r[level])
+        m = pair_mask(level, LAYOUT)
+        b_a = gl.where(m, b_keys, b_a)
+        b_m = gl.where(m, b_queries, b_m)
+    return b_a, b_m
 
 
 @gluon.jit
@@ -270,9 +267,9 @@ def hopper_halving_kernel(
     own_0, own_1 = halves(b_own)
     queries += place * (C * C)
     keys += place * (C * C)
-    b_a, b_m = merged(r_0[0], r_0[1], r_0[2], own_0)
+    b_a, b_m = merged(r_0, own_0)
     put(queries, keys, factors, b_near, scale, b_m, b_a, 0, 0)
-    b_a, b_m = merged(r_1[0], r_1[1], r_1[2], own_1)
+    b_a, b_m = merged(r_1, own_1)
     put(queries, keys, factors, b_near, scale, b_m, b_a, 1, 1)
     b_a, b_m = halves(r_far)
     put(queries, keys, factors, b_near, scale, b_m, b_a, 1, 0)

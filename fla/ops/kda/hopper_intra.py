@@ -23,7 +23,7 @@ from fla.ops.common.kernels import LOG2E, SEARCH, power
 from fla.ops.common.launch import launch
 from fla.ops.kda.activations import L2NORM_EPS, STEEPEST, beta_of
 from fla.ops.kda.halving import ROOM, TILE, joined, load_rate, parts, weight_of
-from fla.ops.kda.hopper_tiles import BLOCKS, C
+from fla.ops.kda.hopper_tiles import BLOCKS, PLAIN, C
 from fla.ops.kda.slots import locate
 
 # Two −∞ of bf16
@@ -268,9 +268,8 @@ def hopper_intra_kernel(
 
     # keys at the end of their blocks, and carried on
     p_out = place * (C * K) + o_b * (TILE * K) + o_k
-    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    k_lengths = gl.allocate_shared_memory(gl.float32, [BLOCKS, TILE], VECTOR)
-    q_lengths = gl.allocate_shared_memory(gl.float32, [BLOCKS, TILE], VECTOR)
+    k_lengths = gl.allocate_shared_memory(gl.float32, [BLOCKS, TILE], PLAIN)
+    q_lengths = gl.allocate_shared_memory(gl.float32, [BLOCKS, TILE], PLAIN)
     factors += place * (2 * C)
     async_copy.wait_group(0)
     gl.thread_barrier()

@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fla.ops.kda.halving import TILE, joined, parts
-from fla.ops.kda.hopper_tiles import SHARED
+from fla.ops.kda.hopper_tiles import PLAIN, SHARED, VECTOR
 from fla.ops.kda.triton import GRADIENTS
 
 # Two blocks of 16 tokens are at work at once, so that a chunk of 64 takes two rounds.
@@ -25,8 +25,6 @@ _OWN = gl.constexpr(gl.BlockedLayout([1, 16], [32, 1], [2, 2], [0, 1]))
 _ROW = gl.constexpr(gl.SliceLayout(0, _OWN))
 _MATRIX = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
 _STEPS = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
-_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-_VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -39,7 +37,7 @@ def rooms():
     gains = gl.allocate_shared_memory(gl.bfloat16, [2 * ROUNDS, TOKENS, CHANNELS], SHARED)
     flow = gl.allocate_shared_memory(gl.bfloat16, [ROUNDS, TOKENS, CHANNELS], SHARED)
     steps = gains._reinterpret(gl.float32, [ROUNDS, TOKENS, CHANNELS], _STEPS)
-    matrices = flow._reinterpret(gl.float32, [2 * ROUNDS, TILE, TOKENS], _PLAIN)
+    matrices = flow._reinterpret(gl.float32, [2 * ROUNDS, TILE, TOKENS], PLAIN)
     return gains, flow, steps, matrices
 
 
@@ -69,7 +67,7 @@ def tokens_at(tiles, i):
 @gluon.jit
 def numbers_at(vector, N: gl.constexpr, i):
     """The i-th TOKENS of N · TOKENS numbers, one a token, [1, TOKENS]."""
-    vector = vector._reinterpret(gl.float32, [N, TOKENS], _VECTOR)
+    vector = vector._reinterpret(gl.float32, [N, TOKENS], VECTOR)
     return gl.expand_dims(vector.index(i).load(_ROW), 0)
 
 
@@ -115,7 +113,7 @@ def through_pairs(
     pairs on both sides of it, and none where its step is 0.
     """
     gains, flow, steps, matrices = room
-    rows = matrices._reinterpret(gl.float32, [2 * ROUNDS * TILE, TOKENS], _VECTOR)
+    rows = matrices._reinterpret(gl.float32, [2 * ROUNDS * TILE, TOKENS], VECTOR)
     widened(matrices, dm_blocks, i, 0)
     widened(matrices, da_blocks, i, 1)
     b_q = tokens_at(q_tiles, i) * (numbers_at(norms, 2 * ROUNDS, i) * scale)
