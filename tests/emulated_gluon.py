@@ -25,6 +25,8 @@ import torch
 from emulated_values import Pointer, Value, atomic_add, atomic_xchg, load, raw, store
 from torch import Tensor
 
+from fla.ops.common.workspace import Part, as_tensor
+
 PATIENCE = 20.0  # seconds at one barrier
 _changed = threading.Condition()
 _program = types.SimpleNamespace(id=0, count=1, copies=[], failure=None)
@@ -110,9 +112,9 @@ class Barriers:
 class TensorDescriptor:
     """A tensor in tiles; what lies outside of it is read as zeros and not written."""
 
-    def __init__(self, base: Tensor, shape, strides, block_shape, layout):
-        self.base, self.dtype, self.layout = base, base.dtype, layout
-        size = base.element_size()
+    def __init__(self, base: Tensor | Part, shape, strides, block_shape, layout):
+        self.base, self.dtype, self.layout = as_tensor(base), base.dtype, layout
+        size = base.dtype.itemsize
         for each in block_shape:
             size *= int(each)
         self.block_type = types.SimpleNamespace(shape=[int(x) for x in block_shape], nbytes=size)

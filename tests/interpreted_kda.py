@@ -56,14 +56,18 @@ def agree(arguments, do, dstate, bound):
     """Compare with ``eager`` in fp64: o, the final state, and the gradient of every operand."""
     from fla.ops.kda import triton as kernels
 
-    o, final, _, kept = kernels.forward(*arguments)
-    found = {"o": o, "final": final}
+    o, final, *_ = kernels.forward(*arguments)
     expected = dict(zip(("o", "final"), eager.forward(*wide(arguments)), strict=False))
-    found.update(zip(NAMES, kernels.backward(do, dstate, *arguments), strict=True))
-    again = kernels.backward(do, dstate, *arguments, kept)
-    assert all(torch.equal(found[name], x) for name, x in zip(NAMES, again, strict=True))
+    found = dict(zip(NAMES, kernels.backward(do, dstate, *arguments), strict=True))
+    for few in (kernels.FEW_CHUNKS, 0):  # operands kept, or made again
+        with mock.patch.object(kernels, "FEW_CHUNKS", few):
+            *_, kept = kernels.forward(*arguments)
+            for _ in range(2):  # a graph that is retained
+                again = kernels.backward(do, dstate, *arguments, kept)
+                assert all(map(torch.equal, again, found.values()))
     reference = eager.backward(do.double(), dstate.double(), *wide(arguments))
     expected.update(zip(NAMES, reference, strict=True))
+    found |= {"o": o, "final": final}
     errors = {name: relative_error(found[name], expected[name]) for name in expected}
     assert max(errors.values()) < bound, errors
 

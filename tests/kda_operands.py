@@ -46,11 +46,10 @@ def call_of(make, arguments, options, bounds=None) -> tuple[portable.Call, Tenso
     """A call of class ``make`` with its workspaces, full of NaN, and room for M and A."""
     cu_seqlens = None if bounds is None else torch.tensor(bounds, device=arguments[0].device)
     call = make(*arguments, cu_seqlens, options)
-    pairs = portable.kept(arguments[0], arguments[2], cu_seqlens, options)
-    call.new_operands(pairs)
-    for x in (pairs, call.q_in, call.k_in, call.k_out, call.decay, call.betas, call.factors):
-        x.fill_(torch.nan)
-    return call, pairs
+    call.take(portable.kept(arguments[0], arguments[2], cu_seqlens, options))
+    for x in (call.pairs, call.operands, call.decay, call.betas, call.factors):
+        x.tensor().fill_(torch.nan)
+    return call, call.pairs.tensor()
 
 
 def chunks(call, bounds) -> Iterator[tuple[int, int, int, int]]:
@@ -113,8 +112,8 @@ def errors(call, pairs: Tensor, bounds=None, halved: bool = False) -> dict[str, 
         near = torch.arange(TILE, device=pairs.device) < wanted["near"][..., None]
         apart = (block[:, None] != block) | near.flatten(1)[..., None] | halved
         for name, x in wanted.items():
-            y = pairs["MA".index(name), slot] if name in ("M", "A") else getattr(call, name)[slot]
-            y = y.double()
+            whole = pairs["MA".index(name)] if name in ("M", "A") else getattr(call, name).tensor()
+            y = whole[slot].double()
             if name in ("M", "A"):
                 norms["above"][0] += y.triu(1).count_nonzero().item()
                 seen = apart.tril(0 if name == "M" else -1)

@@ -25,6 +25,7 @@ import json, torch
 from unittest import mock
 import emulated_gluon
 from interpreted_kda import NAMES, operands, wide
+from fla.ops.common.workspace import as_tensor
 from fla.ops.kda import eager, triton as portable
 from fla.testing.compare import relative_error
 
@@ -44,7 +45,7 @@ with (
 within.wide, within.narrow = lambda x: x, lambda x: (x, x)
 within.launch = across.launch = (
     lambda kernel, programs, tensors, numbers, constants: kernel[(programs,)](
-        *tensors, *numbers, **constants
+        *map(as_tensor, tensors), *numbers, **constants
     )
 )
 

@@ -68,7 +68,9 @@ def test_every_launch_compiles_for_hopper(dtype, K, V):
         kernels.forward(*arguments)
         kernels.forward(*packed)
         kernels.backward(do, dstate, *arguments)
-        kernels.backward(do, dstate, *arguments, kernels.kept(*arguments[:3:2], None, arguments[9]))
+        with mock.patch.object(kernels, "FEW_CHUNKS", 0):
+            room = kernels.kept(*arguments[:3:2], None, arguments[9])
+            kernels.backward(do, dstate, *arguments, room)
         with mock.patch.multiple(kernels, FILLS_CHIP=32, SHORTEST_SEGMENT=1, FEWEST_SEGMENTS=2):
             kernels.forward(*arguments)
         for given in (arguments, packed):
@@ -77,3 +79,21 @@ def test_every_launch_compiles_for_hopper(dtype, K, V):
         gate_kernels.backward(raw[0], *raw)
     assert {"recurrent_kernel", "gate_kernel", "gate_backward_kernel"} < shared.keys()
     assert max(shared.values()) <= SHARED_MEMORY, shared
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("few", [0, 2])
+def test_operands_are_made_again_unless_they_are_kept(keep, few):
+    from fla.ops.kda import triton as kernels
+
+    arguments, do, dstate = operands(128, 64, 64, keep=keep)
+    launched = []
+    with (
+        mock.patch.object(kernels, "launch", lambda kernel, *_: launched.append(kernel)),
+        mock.patch.object(kernels, "FEW_CHUNKS", few),
+    ):
+        room = kernels.kept(*arguments[:3:2], None, arguments[9])
+        kernels.backward(do, dstate, *arguments, room)
+    kept = keep or few >= 2
+    assert (kernels.intra_kernel in launched) == (not kept)
+    assert room.numel() > 5 * 128 * 64 * 4 * kept

@@ -18,6 +18,7 @@ from on_hopper import launched_from, marks, verified
 from fla.ops import chunk_kda
 from fla.ops.common.dispatch import use
 from fla.ops.kda import hopper, hopper_halving, hopper_intra
+from fla.ops.kda import triton as portable
 from fla.testing.compare import relative_error
 
 pytestmark = marks
@@ -43,7 +44,7 @@ def on_hopper():
 def made(bounds=None, made=False, **more):
     arguments, options = kda_operands.operands(device="cuda", **more)
     call, pairs = kda_operands.call_of(hopper.Call, arguments, options, bounds)
-    call.make_operands(None if made else pairs)
+    call.make_operands(pairs=not made)
     if not made and not call.all_near:
         call.halve()
     return call, pairs
@@ -81,12 +82,15 @@ def run(arguments, options, **more):
     return [o.detach(), *torch.autograd.grad(o, given, torch.ones_like(o))]
 
 
+@pytest.mark.parametrize("few_chunks", [0, portable.FEW_CHUNKS])
 @pytest.mark.parametrize("gate", GATES[:3])
-def test_agrees_with_triton(gate):
+def test_agrees_with_triton(gate, few_chunks, monkeypatch):
+    """Whether operands are made again or kept."""
+    monkeypatch.setattr(portable, "FEW_CHUNKS", few_chunks)
     arguments, options = kda_operands.operands(2100, 128, gate, H=4, device="cuda")
     with on_hopper() as launched, use("hopper"):
         found = run(arguments, options)
-    assert launched.count("hopper_intra_kernel") == 2
+    assert launched.count("hopper_intra_kernel") == (1 if few_chunks else 2)
     assert launched.count("hopper_halving_kernel") == (gate != "bound")
     with use("triton"):
         expected = run(arguments, options)
@@ -98,14 +102,14 @@ def test_agrees_with_triton(gate):
 def test_a_thousand_times_the_same_bits(gate):
     """Where a barrier is missing, they move."""
     call, pairs = made(T=2000, K=128, gate=gate, H=16)
-    first = [x.clone() for x in (call.q_in, call.k_in, call.k_out, call.decay, pairs)]
+    tensors = call.operands.tensor(), call.decay.tensor(), pairs
+    first = [x.clone() for x in tensors]
     moved = torch.zeros((), device="cuda", dtype=torch.int64)
     for _ in range(1000):
-        call.make_operands(pairs)
+        call.make_operands(pairs=True)
         if not call.all_near:
             call.halve()
-        again = call.q_in, call.k_in, call.k_out, call.decay, pairs
-        for a, b in zip(first, again, strict=True):
+        for a, b in zip(first, tensors, strict=True):
             moved += (a != b).logical_and(~(a.isnan() & b.isnan())).sum()
     assert not moved.item()
 

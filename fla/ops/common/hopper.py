@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
+from fla.ops.common.workspace import Part
+
 # Registers a thread: of 64 Ki, a producer's four warps (three idle) and two consumers' may have.
 # More than 24 for the one leave the others eight less for every 16.
 CONSUMER_REGISTERS = gl.constexpr(240)
@@ -33,13 +35,13 @@ def _layout(bits: int) -> Any:
     return gl.NVMMASharedLayout(128, bits, rank=4)
 
 
-def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(x: Tensor | Part, rows: int, columns: int) -> TensorDescriptor:
     """x [B, T, H, D] in tiles [1, rows, 1, columns]; beyond T and D lie zeros, not written to.
 
     x is contiguous.  Where B or H is one its own strides may still be any, and the copies take
     multiples of 16 bytes only.
     """
-    layout = _layout(8 * x.element_size())
+    layout = _layout(8 * x.dtype.itemsize)
     _, T, H, D = x.shape
     return Tiles(x, list(x.shape), [T * H * D, H * D, D, 1], [1, rows, 1, columns], layout)
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from triton import knobs
 
+from fla.ops.common.workspace import as_tensor
+
 # Compiled kernels, and the values of their constants in the order of their parameters
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
@@ -33,7 +35,8 @@ def launch(
 ) -> None:
     """Launch ``programs`` programs of ``kernel`` where the first tensor is.
 
-    Its parameters stand in the order given here; descriptors of tiles are among the numbers.
+    Its parameters stand in the order given here; tensors may be parts of workspaces, and
+    descriptors of tiles are among the numbers.
 
     Triton looks at every argument of a launch for all that a kernel may be compiled for, which
     takes the host longer than to launch what it finds.  Here little tells calls apart: integers are
@@ -71,7 +74,7 @@ def launch(
                 compiled.packed_metadata, None, None, None, *addresses, *numbers, *values,
             )  # fmt: skip
         return
-    compiled = kernel[grid](*tensors, *numbers, **constants)
+    compiled = kernel[grid](*map(as_tensor, tensors), *numbers, **constants)
     if aligned and compiled is not None:  # the interpreter compiles nothing
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         _compiled[key] = compiled, tuple(constants[name] for name in names)

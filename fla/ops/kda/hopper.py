@@ -22,7 +22,7 @@ SMALLEST = 1 << 24
 class Call(portable.Call):
     """A call of which the kernels for Hopper run what they take."""
 
-    def make_operands(self, pairs: Tensor | None) -> None:
+    def make_operands(self, pairs: bool) -> None:
         if not self._takes_chunks():
             return super().make_operands(pairs)
         run_intra(self, pairs)
@@ -48,23 +48,24 @@ class Call(portable.Call):
             keep=states is not None,
         )  # fmt: skip
 
-    def across(self, do, *results) -> None:
+    def across(self, do, dv, dbeta) -> None:
         if not self._takes_gradients():
-            return super().across(do, *results)
+            return super().across(do, dv, dbeta)
         do = do if do.data_ptr() % 16 == 0 else do.clone()
         self.radial = None
         if self._finishes() and self.options.qk_l2norm:
-            self.radial = self.workspace(2, self.C, dtype=torch.float32)
-        run_states(self, do, self.radial, *results)
+            shape = self.slots, self.HV, 2, self.C
+            self.radial = self.q.new_empty(shape, dtype=torch.float32)
+        run_states(self, do, dv, dbeta)
 
-    def within(self, *operands) -> tuple[Tensor, Tensor]:
+    def within(self, dg) -> tuple[Tensor, Tensor]:
         if not self._takes_gradients():
-            return super().within(*operands)
+            return super().within(dg)
         if not self._finishes():
-            run_gradients(self, *operands, None, None, None)
+            run_gradients(self, dg, None, None)
             return self.units()
         dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
-        run_gradients(self, *operands, self.radial, dq, dk)
+        run_gradients(self, dg, dq, dk)
         return dq, dk
 
     def _takes_chunks(self) -> bool:

@@ -31,7 +31,6 @@ from fla.ops.kda.hopper_tiles import (
     wide,
 )
 from fla.ops.kda.slots import locate
-from fla.ops.kda.triton import Call
 
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
 _LEFT = gl.constexpr(gl.DotOperandLayout(0, _ACC, 2))
@@ -397,14 +396,14 @@ def hopper_gradients_kernel(
     put(p_dg, HV * K, left, g_tiles)
 
 
-def run_gradients(call: Call, *operands) -> None:
+def run_gradients(call, dg, dq, dk) -> None:
     """``triton.Call.within`` for Hopper."""
     launch(
         hopper_gradients_kernel,
         call.slots * call.HV * (call.BK // CHANNELS.value),
         (
             call.q, call.k, call.g, call.A_log, call.dt_bias, call.cu_seqlens, call.factors,
-            call.near, *operands,
+            call.near, *call.into_gradients(dg), call.radial, dq, dk,
         ),
         (call.options.scale, call.lower_bound, call.T, call.rows),
         {

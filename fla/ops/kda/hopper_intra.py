@@ -8,7 +8,6 @@ blocks before it that are carried up to there.
 
 from __future__ import annotations
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -334,7 +333,7 @@ def hopper_intra_kernel(
         meet(both, tiles, pairs + place * (C * C), gl.num_programs(0).to(gl.int64) * (C * C))
 
 
-def run_intra(call, pairs: Tensor | None) -> None:
+def run_intra(call, pairs: bool) -> None:
     """Launch ``hopper_intra_kernel`` for a ``triton.Call``."""
     launch(
         hopper_intra_kernel,
@@ -342,7 +341,7 @@ def run_intra(call, pairs: Tensor | None) -> None:
         (
             call.q, call.k, call.g, call.beta, call.A_log, call.dt_bias, call.cu_seqlens,
             call.q_in, call.k_in, call.k_out, call.decay, call.betas, call.factors, call.near,
-            pairs,
+            call.pairs if pairs else None,
         ),
         (call.options.scale, call.lower_bound, call.T, call.rows),
         {

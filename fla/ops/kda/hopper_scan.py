@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -413,7 +414,7 @@ def run_scan(
     size, BK, V = call.slots * call.HV, call.BK, call.V
     tokens, channels = C.value, BV.value
     if columns > V:  # zeros, and behind them what becomes the map that a segment applies to a state
-        state = dstate = call.decay.new_zeros(columns, BK)
+        state = dstate = call.v.new_zeros(columns, BK, dtype=torch.float32)
         state.diagonal(-V).fill_(1)
         strides = dstrides = 0, 0, BK, 1
     _, units = rows_and_slots(call.B, call.T, call.cu_seqlens, span)

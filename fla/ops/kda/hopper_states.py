@@ -15,7 +15,6 @@ from fla.ops.common.launch import launch
 from fla.ops.kda.activations import beta_backward
 from fla.ops.kda.hopper_tiles import C, copied, in_lines, lines
 from fla.ops.kda.slots import locate
-from fla.ops.kda.triton import Call
 
 # Value channels that a step of a product takes
 STEP = gl.constexpr(32)
@@ -41,7 +40,7 @@ def put(p, x, COLUMNS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["T", "rows"])
 def hopper_states_kernel(
-    do, v, beta, cu_seqlens, betas, queries, values, solved, states, dstates,
+    do, v, beta, cu_seqlens, betas, queries, q_in, values, solved, states, dstates,
     dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through, radial,
     T, rows,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
@@ -56,7 +55,7 @@ def hopper_states_kernel(
         q·dq = Σ_j M_ij dM_ij + q_in·dq_in    k·dk = β u·(2 w − v)
 
     A key gains −β u·(v − w) as a row of A and of k_in, β u·w from what comes behind it.  ``dq_in``
-    takes the place of q_in, which is read here before.
+    may take the place of ``q_in``, which is read before.
     """
     i_slot = gl.program_id(0) // HV
     i_hv = gl.program_id(0) % HV
@@ -131,10 +130,9 @@ def hopper_states_kernel(
         b_ds = ds_tile.slice(i * STEP, STEP).load(_RIGHT)
         b_dk = mma_v2(w_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_ds, b_dk)
     put(dk_out + place * (C * K), b_dk * gl.expand_dims(b_beta, 1), K)
-    dq_in += place * (C * K)
     if radial is not None:
         # where w was; it arrives while states are multiplied
-        q_tile = copied(dq_in, C, K, K, C)
+        q_tile = copied(q_in + place * (C * K), C, K, K, C)
     async_copy.commit_group()
 
     async_copy.wait_group(1)
@@ -146,7 +144,7 @@ def hopper_states_kernel(
         b_dk = mma_v2(u_tile.slice(i * STEP, STEP, 1).load(_LEFT), b_s, b_dk)
     put(dk_in + place * (C * K), b_dk * -gl.expand_dims(b_beta, 1), K)
     async_copy.wait_group(0)
-    b_dq = put(dq_in, b_dq, K)
+    b_dq = put(dq_in + place * (C * K), b_dq, K)
     if radial is not None:
         b_q = q_tile.load(_LINES).to(gl.float32)
         gl.store(radial, b_radial + gl.sum(b_q * b_dq.to(gl.float32), 1))
@@ -154,17 +152,16 @@ def hopper_states_kernel(
     gl.store(through + place * K + gl.arange(0, K, _ALONG), gl.sum(b_through, 0))
 
 
-def run_states(
-    call: Call, do, radial, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through
-) -> None:
+def run_states(call, do, dv, dbeta) -> None:
     """``triton.Call.across`` for Hopper; pairs' gradients are lower triangles."""
     launch(
         hopper_states_kernel,
         call.slots * call.HV,
         (
-            do, call.v, call.beta, call.cu_seqlens, call.betas, call.queries, call.values,
-            call.solved, call.states, call.dstates,
-            dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through, radial,
+            do, call.v, call.beta, call.cu_seqlens, call.betas, call.queries, call.q_in,
+            call.values, call.solved, call.states, call.dstates,
+            dv, dbeta, call.dqueries, call.dkeys, call.own, call.dq_in, call.dk_in, call.dk_out,
+            call.through, call.radial,
         ),
         (call.T, call.rows),
         {

@@ -4,7 +4,8 @@ Forward: what each chunk is to the state and its tokens to one another (``chunk_
 triangular system (``wy_fast``), then the scan over chunks with the output fused into it
 (``chunk_inter``).  Backward: the chunks' operands again, the scan of the states and that of their
 gradients in one grid, the products over value channels, and what they mean for q, k and the gates
-(``chunk_gradients``).  Saved in between are the inputs, M and Y.
+(``chunk_gradients``).  Saved in between are the inputs, M and Y; where a call asks for it, or is
+small, the operands too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from fla.ops.common.boundary import absent
 from fla.ops.common.kernels import cdiv, power_of_two
 from fla.ops.common.launch import launch
+from fla.ops.common.workspace import Wanted, new_parts, parts_of, room_for
 from fla.ops.kda import recurrent
 from fla.ops.kda.chunk_gradients import gradients_kernel, through_states_kernel, unit_kernel
 from fla.ops.kda.chunk_inter import advance_kernel, join_kernel, scans_kernel
@@ -50,6 +52,9 @@ THROUGH = Launch(64, 4, 2)
 GRADIENTS = Launch(64, 4)
 # Programs that fill the chip, one on each of an H200's 132 multiprocessors.
 FILLS_CHIP = 132
+# Chunks of all heads, eight a multiprocessor, below which the host takes longer than the chip: it
+# need not launch again what made operands, and they take 50 MB at most where K is 128.
+FEW_CHUNKS = 8 * FILLS_CHIP
 # Chunks below which a segment's summary costs more than it saves.
 SHORTEST_SEGMENT = 16
 # In fewer segments, summaries and runs take as long as one run of all chunks.
@@ -70,7 +75,7 @@ def pipeline(BK: int, dtype: torch.dtype) -> int:
 def forward(
     q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, made_by=None
 ):  # fmt: skip
-    """Return o [B, T, HV, V], the final state, the states before the chunks, and M and Y."""
+    """Return o [B, T, HV, V], the final state, the states before the chunks, and what is kept."""
     if not options.chunk_size:
         operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
         return recurrent.forward(*operands, options)
@@ -78,28 +83,28 @@ def forward(
     o = torch.empty_like(call.v)
     final = call.new_state() if options.output_final_state else None
     h = call.new_intermediate() if options.intermediate_states else None
-    pairs = kept(q, v, cu_seqlens, options)
+    room = kept(q, v, cu_seqlens, options)
     if call.empty:
         if final is not None:
             final.copy_(initial_state) if initial_state is not None else final.zero_()
     else:
-        call.intra(pairs, made=False)
+        call.intra(room)
         call.advance(o, initial_state, final, h)
-    return o, final, h, pairs
+    return o, final, h, room
 
 
 def kept(q, v, cu_seqlens, options):
-    """Room for M and Y of all chunks, which a backward pass reads again."""
+    """Room for what a backward pass reads again of all chunks."""
     if options.chunk_size == 0 or q.numel() == 0 or v.numel() == 0:
         return absent(q)
-    return _pairs(q, v, cu_seqlens, options)
+    return room_for(q, *_kept(q, v, cu_seqlens, options))
 
 
 def backward(
-    do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, pairs=None,
+    do, dstate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, room=None,
     made_by=None,
 ):  # fmt: skip
-    """Return the gradients of all that has one; ``pairs`` is what the forward pass kept."""
+    """Return the gradients of all that has one; ``room`` holds what the forward pass kept."""
     call = (made_by or Call)(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options)
     dinitial = None if initial_state is None else initial_state.new_empty(initial_state.shape)
     if call.empty:
@@ -108,8 +113,10 @@ def backward(
         gradients = call.no_gradients()
     else:
         do = do.contiguous()
-        made = pairs is not None and pairs.numel() > 0
-        call.intra(pairs if made else _pairs(q, v, cu_seqlens, options), made)
+        if room is None or room.numel() == 0:
+            call.intra(room_for(q, *_kept(q, v, cu_seqlens, options)))
+        else:
+            call.intra_again(room)
         call.scans(do, initial_state, dstate, dinitial)
         gradients = call.gradients(do)
     return *gradients, absent(q) if dinitial is None else dinitial
@@ -130,11 +137,30 @@ def _tiles(q: Tensor, options) -> tuple[torch.dtype, int, int]:
     return dtype, BK, chunk(BK, dtype)
 
 
-def _pairs(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options) -> Tensor:
-    """Room for M and Y, [2, slots, HV, C, C]."""
-    dtype, _, C = _tiles(q, options)
+def _pairs_and_operands(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options) -> list[Wanted]:
+    """M and Y, then q_in, k_in and k_out, decays, betas, the factors of norms, and near rows."""
+    dtype, BK, C = _tiles(q, options)
     _, slots = rows_and_slots(q.shape[0], q.shape[1], cu_seqlens, C)
-    return q.new_empty(2, slots, v.shape[2], C, C, dtype=dtype)
+    HV = v.shape[2]
+    return [
+        (dtype, 2, slots, HV, C, C),
+        (dtype, 3, slots, HV, C, BK),
+        (torch.float32, slots, HV, BK),
+        (torch.float32, slots, HV, C),
+        (torch.float32, slots, HV, 2, C),
+        (torch.int32, slots, HV, C // TILE.value),
+    ]
+
+
+def _keeps_operands(pairs: Wanted, options) -> bool:
+    """Whether operands are kept beside these pairs, rather than made again."""
+    _, _, slots, HV, *_ = pairs
+    return options.keep or slots * HV <= FEW_CHUNKS
+
+
+def _kept(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options) -> list[Wanted]:
+    wanted = _pairs_and_operands(q, v, cu_seqlens, options)
+    return wanted if _keeps_operands(wanted[0], options) else wanted[:1]
 
 
 class Call:
@@ -172,12 +198,6 @@ class Call:
         self.all_near = TILE.value * steepest * math.log2(math.e) < ROOM.value
         self.forgets = options.gate and (self.lower_bound is None or self.lower_bound <= 0)
 
-    def workspace(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.q.new_empty(self.slots, self.HV, *shape, dtype=dtype or self.dtype)
-
-    def workspaces(self, count: int, *shape: int) -> Tensor:
-        return self.q.new_empty(count, self.slots, self.HV, *shape, dtype=self.dtype)
-
     def new_state(self) -> Tensor:
         tail = (self.V, self.K) if self.options.state_v_first else (self.K, self.V)
         return self.q.new_empty(self.N, self.HV, *tail, dtype=torch.float32)
@@ -196,24 +216,28 @@ class Call:
         n, h, first, second = state.stride()
         return (n, h, first, second) if self.options.state_v_first else (n, h, second, first)
 
-    def new_operands(self, pairs: Tensor) -> None:
-        """Workspaces of ``intra``; ``pairs`` are M and Y."""
-        C, BK = self.C, self.BK
-        self.operands = self.workspaces(3, C, BK)
-        self.q_in, self.k_in, self.k_out = self.operands.unbind(0)
-        self.decay = self.workspace(BK, dtype=torch.float32)
-        self.betas = self.workspace(C, dtype=torch.float32)
-        self.pairs = pairs
-        self.queries, self.solver = pairs.unbind(0)
-        self.factors = self.workspace(2, C, dtype=torch.float32)
-        self.near = self.workspace(C // 16, dtype=torch.int32)
+    def take(self, room: Tensor) -> None:
+        """Workspaces of ``intra``, in ``room`` those that are kept."""
+        wanted = _pairs_and_operands(self.q, self.v, self.cu_seqlens, self.options)
+        self.keeps_operands = _keeps_operands(wanted[0], self.options)
+        if self.keeps_operands:
+            parts = parts_of(room, *wanted)
+        else:
+            parts = parts_of(room, *wanted[:1]) + new_parts(self.q, *wanted[1:])
+        self.pairs, self.operands, self.decay, self.betas, self.factors, self.near = parts
+        self.queries, self.solver = self.pairs[0], self.pairs[1]
+        self.q_in, self.k_in, self.k_out = (self.operands[i] for i in range(3))
 
-    def intra(self, pairs: Tensor, made: bool) -> None:
-        """What the scans read of each chunk; M and Y, ``pairs``, unless they are ``made``."""
-        self.new_operands(pairs)
-        self.make_operands(None if made else pairs)
-        if made:
-            return
+    def intra_again(self, room: Tensor) -> None:
+        """``intra`` where ``room`` holds what it kept."""
+        self.take(room)
+        if not self.keeps_operands:
+            self.make_operands(pairs=False)
+
+    def intra(self, room: Tensor) -> None:
+        """What the scans read of each chunk; what is kept of it goes to ``room``."""
+        self.take(room)
+        self.make_operands(pairs=True)
         if not self.all_near:
             self.halve()
         launch(
@@ -227,15 +251,15 @@ class Call:
             },
         )  # fmt: skip
 
-    def make_operands(self, pairs: Tensor | None) -> None:
-        """The first of ``intra``: operands, betas and norms, and M and A unless pairs is None."""
+    def make_operands(self, pairs: bool) -> None:
+        """The first of ``intra``: operands, betas and norms, and with ``pairs`` M and A."""
         launch(
             intra_kernel,
             self.slots * self.HV,
             (
                 self.q, self.k, self.g, self.beta, self.A_log, self.dt_bias, self.cu_seqlens,
                 self.q_in, self.k_in, self.k_out, self.decay, self.betas, self.factors, self.near,
-                *((None, None) if pairs is None else pairs.unbind(0)),
+                *((self.queries, self.solver) if pairs else (None, None)),
             ),
             (self.options.scale, self.lower_bound, self.T, self.rows),
             {
@@ -282,7 +306,7 @@ class Call:
 
     def _summaries(self, segments: int, VP: int) -> tuple[Tensor, tuple[int, int, int, int]]:
         rows, columns = VP + self.BK, self.BK
-        summaries = self.decay.new_empty(segments, self.HV, rows, columns)
+        summaries = self.q.new_empty(segments, self.HV, rows, columns, dtype=torch.float32)
         return summaries, (self.HV * rows * columns, rows * columns, columns, 1)
 
     def _join(self, summaries, VP, state, segment, reverse: bool) -> None:
@@ -331,10 +355,13 @@ class Call:
     def scans(self, do, state, dstate, dinitial) -> None:
         VP = cdiv(self.V, 64) * 64
         segment = self._segment(2 * self.N * self.HV * (VP // self._scans(VP).block))
-        self.both_values = self.workspaces(2, self.C, VP)
-        self.both_states = self.workspaces(2, VP, self.BK)
-        self.values, self.solved = self.both_values.unbind(0)
-        self.states, self.dstates = self.both_states.unbind(0)
+        self.both_values, self.both_states = new_parts(
+            self.q,
+            (self.dtype, 2, self.slots, self.HV, self.C, VP),
+            (self.dtype, 2, self.slots, self.HV, VP, self.BK),
+        )
+        self.values, self.solved = self.both_values[0], self.both_values[1]
+        self.states, self.dstates = self.both_states[0], self.both_states[1]
         strides, dstrides, nowhere = self.strides(state), self.strides(dstate), (0, 0, 0, 0)
         if segment <= self.T:
             _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
@@ -375,27 +402,37 @@ class Call:
             },
         )  # fmt: skip
 
-    def gradients(self, do):
-        """Gradients take the place of the operands that the scans have used."""
-        C = self.C
-        dv, dg, dbeta = (torch.empty_like(x) for x in (self.v, self.g, self.beta))
-        dq_in, dk_in, dk_out = self.q_in, self.k_in, self.k_out
-        dqueries, dkeys = (self.workspace(C, C) for _ in range(2))
-        own, through = torch.empty_like(self.betas), torch.empty_like(self.decay)
-        self.across(do, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through)
-        del self.values, self.solved, self.states, self.dstates, self.both_values, self.both_states
-        drates = dbiases = None
-        if self.A_log is not None or self.dt_bias is not None:
-            drates = self.decay.new_empty(self.slots, self.HV, self.BK // GRADIENTS.block)
-            dbiases = torch.empty_like(self.decay)
-        dq, dk = self.within(
-            dq_in, dk_in, dk_out, through, dqueries, dkeys, own, dg, drates, dbiases
+    def new_gradients(self) -> None:
+        """Workspaces of ``gradients``; those of operands are in their place unless that is kept."""
+        chunks = self.slots, self.HV
+        dpairs, doperands, self.own, self.through, drates, dbiases = new_parts(
+            self.q,
+            (self.dtype, 2, *chunks, self.C, self.C),
+            (self.dtype, 3 if self.keeps_operands else 0, *chunks, self.C, self.BK),
+            (torch.float32, *chunks, self.C),
+            (torch.float32, *chunks, self.BK),
+            (torch.float32, *chunks, self.BK // GRADIENTS.block),
+            (torch.float32, *chunks, self.BK),
         )
-        parameters = parameters_backward(self.A_log, self.dt_bias, drates, dbiases)
+        has_parameters = self.A_log is not None or self.dt_bias is not None
+        self.drates = drates if has_parameters else None
+        self.dbiases = dbiases if has_parameters else None
+        self.dqueries, self.dkeys = dpairs[0], dpairs[1]
+        if not self.keeps_operands:
+            doperands = self.operands
+        self.dq_in, self.dk_in, self.dk_out = (doperands[i] for i in range(3))
+
+    def gradients(self, do):
+        self.new_gradients()
+        dv, dg, dbeta = (torch.empty_like(x) for x in (self.v, self.g, self.beta))
+        self.across(do, dv, dbeta)
+        del self.values, self.solved, self.states, self.dstates, self.both_values, self.both_states
+        dq, dk = self.within(dg)
+        parameters = parameters_backward(self.A_log, self.dt_bias, self.drates, self.dbiases)
         parameters = (absent(self.q) if x is None else x for x in parameters)
         return dq, dk, dv, dg, dbeta, *parameters
 
-    def across(self, do, dv, dbeta, dqueries, dkeys, own, dq_in, dk_in, dk_out, through) -> None:
+    def across(self, do, dv, dbeta) -> None:
         """What comes through pairs and through states, from do and what the scans left."""
         C, VP, PRECISION = self.C, self.values.shape[-1], self.common["PRECISION"]
         launch(
@@ -403,7 +440,7 @@ class Call:
             self.slots * self.HV,
             (
                 do, self.beta, self.cu_seqlens, self.betas, self.values, self.solved,
-                dv, dbeta, dqueries, dkeys, own,
+                dv, dbeta, self.dqueries, self.dkeys, self.own,
             ),
             (self.T, self.rows),
             {
@@ -416,7 +453,7 @@ class Call:
             self.slots * self.HV * (self.BK // THROUGH.block),
             (
                 do, self.cu_seqlens, self.betas, self.values, self.solved, self.states,
-                self.dstates, dq_in, dk_in, dk_out, through,
+                self.dstates, self.dq_in, self.dk_in, self.dk_out, self.through,
             ),
             (self.T, self.rows),
             {
@@ -425,14 +462,14 @@ class Call:
             },
         )  # fmt: skip
 
-    def within(self, *operands) -> tuple[Tensor, Tensor]:
+    def within(self, dg) -> tuple[Tensor, Tensor]:
         """Gradients of gates, and of q and k, which are returned."""
         launch(
             gradients_kernel,
             self.slots * self.HV * (self.BK // GRADIENTS.block),
             (
                 self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens, self.factors,
-                *operands,
+                *self.into_gradients(dg),
             ),
             (self.options.scale, self.lower_bound, self.T, self.rows),
             {
@@ -443,13 +480,20 @@ class Call:
         )  # fmt: skip
         return self.units()
 
+    def into_gradients(self, dg):
+        """Operands of ``gradients_kernel`` that ``across`` left, and its results."""
+        return (
+            self.dq_in, self.dk_in, self.dk_out, self.through, self.dqueries, self.dkeys, self.own,
+            dg, self.drates, self.dbiases,
+        )  # fmt: skip
+
     def units(self) -> tuple[Tensor, Tensor]:
-        """dq and dk of those of activated q and k, in place of ``q_in`` and ``k_in``."""
+        """dq and dk of those of activated q and k, which stand in ``dq_in`` and ``dk_in``."""
         dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
         launch(
             unit_kernel,
             self.slots * self.H,
-            (self.q, self.k, self.cu_seqlens, self.factors, self.q_in, self.k_in, dq, dk),
+            (self.q, self.k, self.cu_seqlens, self.factors, self.dq_in, self.dk_in, dq, dk),
             (self.options.scale, self.T, self.rows),
             {
                 "H": self.H, "HV": self.HV, "K": self.K, "C": self.C, "BK": self.BK,
