@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from unittest import mock
 
+import sanitizer
 import torch
 from shapes import shape_of, spec_named
 
@@ -174,4 +175,5 @@ def main(part: int | None = None, parts: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    with sanitizer.workspaces_apart():
+        main(*map(int, sys.argv[1:]))

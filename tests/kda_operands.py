@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fla.ops.common.workspace import as_tensor
 from fla.ops.kda import triton as portable
 from fla.ops.kda.engine import Options
 from fla.ops.kda.gate import Gate
@@ -48,8 +49,8 @@ def call_of(make, arguments, options, bounds=None) -> tuple[portable.Call, Tenso
     call = make(*arguments, cu_seqlens, options)
     call.take(portable.kept(arguments[0], arguments[2], cu_seqlens, options))
     for x in (call.pairs, call.operands, call.decay, call.betas, call.factors):
-        x.tensor().fill_(torch.nan)
-    return call, call.pairs.tensor()
+        as_tensor(x).fill_(torch.nan)
+    return call, as_tensor(call.pairs)
 
 
 def chunks(call, bounds) -> Iterator[tuple[int, int, int, int]]:
@@ -112,7 +113,9 @@ def errors(call, pairs: Tensor, bounds=None, halved: bool = False) -> dict[str, 
         near = torch.arange(TILE, device=pairs.device) < wanted["near"][..., None]
         apart = (block[:, None] != block) | near.flatten(1)[..., None] | halved
         for name, x in wanted.items():
-            whole = pairs["MA".index(name)] if name in ("M", "A") else getattr(call, name).tensor()
+            whole = (
+                pairs["MA".index(name)] if name in ("M", "A") else as_tensor(getattr(call, name))
+            )
             y = whole[slot].double()
             if name in ("M", "A"):
                 norms["above"][0] += y.triu(1).count_nonzero().item()

@@ -123,4 +123,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with sanitizer.workspaces_apart():
+        main()

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from fla.ops.common.lacking import complete
+
 # What arguments are where nothing wraps tensors or stands for numbers
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.dtype}
 _library = torch.library.Library("fla", "FRAGMENT")
@@ -26,10 +28,10 @@ class Operator:
 
         def below_autocast(*args):
             if not torch._C._is_any_autocast_enabled():
-                return run(*args)
+                return complete(run, *args)
             # the engines choose their own precision
             with torch.autocast(args[0].device.type, enabled=False):
-                return run(*args)
+                return complete(run, *args)
 
         def whole(*args):
             """An implementation gives None for a result that was not asked for, PyTorch cannot."""

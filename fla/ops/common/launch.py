@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from triton import knobs
+from triton.runtime.jit import JITFunction
 
+from fla.ops.common.lacking import begins_anew, gathering
 from fla.ops.common.workspace import as_tensor
 
 # Compiled kernels, and the values of their constants in the order of their parameters
@@ -42,6 +45,8 @@ def launch(
     takes the host longer than to launch what it finds.  Here little tells calls apart: integers are
     below 2^31 and named in ``do_not_specialize``, and tensors, or None, begin at multiples of 16
     bytes; where one does not, Triton looks.
+
+    Nothing is launched while an operator gathers kernels that it lacks.
     """
     device = tensors[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():
@@ -65,6 +70,8 @@ def launch(
     key = (kernel.fn, device, *dtypes, *map(_kind, numbers), *constants, *constants.values())
     found = _compiled.get(key) if aligned else None
     if found is not None:
+        if begins_anew():
+            return
         compiled, values = found
         if _observed():
             compiled[grid](*addresses, *numbers, *values)
@@ -74,7 +81,12 @@ def launch(
                 compiled.packed_metadata, None, None, None, *addresses, *numbers, *values,
             )  # fmt: skip
         return
-    compiled = kernel[grid](*map(as_tensor, tensors), *numbers, **constants)
+    arguments = *map(as_tensor, tensors), *numbers
+    lacks = gathering()
+    if lacks is not None and (aligned or lacks) and isinstance(kernel, JITFunction):
+        lacks.append(functools.partial(kernel.warmup, *arguments, grid=grid, **constants))
+        return
+    compiled = kernel[grid](*arguments, **constants)
     if aligned and compiled is not None:  # the interpreter compiles nothing
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         _compiled[key] = compiled, tuple(constants[name] for name in names)
