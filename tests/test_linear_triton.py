@@ -172,6 +172,21 @@ def chosen(table, wide, X, shared):
     return next(line for line in fits if line.shared <= shared)
 
 
+def test_two_segments_of_wide_keys_want_more_than_one_walk():
+    def segment(K, walks, H=64):
+        x = torch.zeros(1, 8192, H, K, dtype=torch.bfloat16)
+        at = blocks.Call(x, x[..., :64], None, Options(1.0))
+        line = at.choose(walk.LINES, K)
+        return at.segment(line, K, 64, 1, walks)
+
+    with mock.patch.multiple(
+        blocks, multiprocessors=lambda device: 132, shared_memory=lambda device: 227
+    ):
+        assert segment(64, 1) == segment(64, 3) == segment(128, 3) == 4096
+        assert segment(128, 1) == 0
+        assert segment(128, 1, H=8) > 0
+
+
 def test_every_line_has_a_use():
     for table in (walk.LINES, segments.LINES):
         used = {

@@ -86,16 +86,20 @@ class Call:
                 return line
         raise RuntimeError(f"no launch configuration in {shared} KiB of shared memory")
 
-    def segment(self, line: Line, X: int, Z: int, at_once: int) -> int:
+    def segment(self, line: Line, X: int, Z: int, at_once: int, walks: int) -> int:
         """Tokens a segment, or 0 for whole sequences where these alone are programs enough.
 
-        As many segments as make ``at_once`` programs for each multiprocessor.
+        As many segments as make ``at_once`` programs for each multiprocessor.  A summary of wide
+        keys saves a single walk in two segments less than it costs.
         """
         many = multiprocessors(self.device)
         programs = self.H * cdiv(X, line.BX) * cdiv(Z, line.BZ)
         if programs * self.sequences.B * 2 > many:
             return 0
-        chunks = cdiv(cdiv(self.tokens, CHUNK), at_once * many // programs)
+        segments = at_once * many // programs
+        if segments == 2 and walks == 1 and X > CHUNK:
+            return 0
+        chunks = cdiv(cdiv(self.tokens, CHUNK), segments)
         piece = self.piece(chunks * CHUNK)
         segment = cdiv(chunks * CHUNK, piece) * piece
         return 0 if segment >= self.T else segment

@@ -40,7 +40,7 @@ def forward(
         final = q.new_empty(call.N, call.H, *sizes, dtype=torch.float32)
         if options.normalize:
             final_z = q.new_empty(call.N, 1, call.H, call.K, dtype=torch.float32)
-    segment = call.segment(call.choose(LINES, call.K), call.K, call.V, at_once)
+    segment = call.segment(call.choose(LINES, call.K), call.K, call.V, at_once, walks=1)
     carry = None
     if segment:
         operands = k, v, k, v, None, None
@@ -74,7 +74,7 @@ def backward(
     starts, dstarts = (initial_state, initial_z), (dstate, dz)
     ends = tuple(None if x is None else torch.empty_like(x) for x in starts)
     scale = options.scale or 1e-30  # gradients of states are divided by it on their way
-    segment = call.segment(call.choose(LINES, call.V), call.V, call.K, at_once)
+    segment = call.segment(call.choose(LINES, call.V), call.V, call.K, at_once, walks=3)
     carry = dcarry = None
     if segment:
         operands = k, v, q, do, norm, dnorm
