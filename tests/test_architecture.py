@@ -67,6 +67,20 @@ def test_kernels_never_import_faces():
             assert not {name for name in starting(names, "fla.ops") if is_public(name)}, path
 
 
+def test_operators_launch_in_one_way():
+    """Which leaves launches out while a call gathers the kernels that it lacks."""
+    for path in (ROOT / "ops").rglob("*.py"):
+        launched = {
+            node.func.value.id
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Subscript)
+            and isinstance(node.func.value, ast.Name)
+        }
+        kernels = {name for name in launched if name.endswith("kernel")}
+        assert kernels == ({"kernel"} if path.name == "launch.py" else set()), path
+
+
 def is_public(name: str) -> bool:
     return name.rpartition(".")[2] in fla.ops.__all__
 

@@ -81,7 +81,8 @@ names = "common.kernels", "attn.blocks", "common.hopper", "attn.hopper_forward"
 with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, stage):
     pass
 stage.gates, stage.Call, stage.portable = blocks.gates, blocks.Call, portable
-stage.launch = lambda kernel, *more: interpreted.launch(interpreted.needed_kernel, *more)
+needed = {stage.needed_kernel: interpreted.needed_kernel}
+stage.launch = lambda kernel, *more: interpreted.launch(needed.get(kernel, kernel), *more)
 stage.pays = lambda *call: True
 spec = dataclasses.replace(spec_named("parallel_attn"), gradients=())
 heads = (128, 128), (96, 72), (64, 64)

@@ -12,6 +12,9 @@ import pytest
 import torch
 from interpreted_kda import operands
 
+from fla.ops import chunk_kda
+from fla.ops.kda.engine import Options
+
 pytest.importorskip("triton")
 
 INTERPRETED = Path(__file__).with_name("interpreted_kda.py")
@@ -86,7 +89,7 @@ def test_every_launch_compiles_for_hopper(dtype, K, V):
 def test_operands_are_made_again_unless_they_are_kept(keep, few):
     from fla.ops.kda import triton as kernels
 
-    arguments, do, dstate = operands(128, 64, 64, keep=keep)
+    arguments, do, dstate = operands(128, 64, 64, keep_operands=keep)
     launched = []
     with (
         mock.patch.object(kernels, "launch", lambda kernel, *_: launched.append(kernel)),
@@ -97,3 +100,30 @@ def test_operands_are_made_again_unless_they_are_kept(keep, few):
     kept = keep or few >= 2
     assert (kernels.intra_kernel in launched) == (not kept)
     assert room.numel() > 5 * 128 * 64 * 4 * kept
+
+
+def test_serving_writes_nothing_while_a_call_begins_anew():
+    """``out`` may be where v is, which is read again then."""
+    from fla.ops.kda import recurrent
+
+    q, k, v = torch.randn(2, 1, 3, 2, 16).unbind(2)
+    g, beta, state = torch.zeros(2, 1, 2, 16), torch.zeros(2, 1, 2), torch.zeros(2, 2, 16, 16)
+    before = v.clone()
+    with mock.patch.multiple(recurrent, launch=mock.DEFAULT, begins_anew=lambda: True):
+        recurrent.serve(q, k, v, g, beta, None, None, state, v, None, None, None, Options(1.0))
+    assert torch.equal(v, before)
+
+
+def test_lengths_on_both_sides_of_what_is_kept_export_as_one():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Model(torch.nn.Module):
+        def forward(self, *operands):
+            return chunk_kda(*operands)[0]
+
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, 256, 2, 64, dtype=torch.bfloat16, device="cuda") for _ in "qkv")
+        g, beta = (torch.empty(1, 256, 2, *K, device="cuda") for K in ([64], []))
+        operands = q, k, v, g, beta
+    T = torch.export.Dim("T", min=65, max=1 << 20)
+    torch.export.export(Model(), operands, dynamic_shapes={"operands": ({1: T},) * 5})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -114,3 +115,48 @@ def test_kernels_are_loaded_side_by_side():
         complete(call, torch.zeros(64), *kernels())
     assert not both.broken
     assert events == COMPILED + LAUNCHED
+
+
+def test_a_compilation_that_is_broken_off_leaves_nothing_behind():
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    x = torch.zeros(64)
+    with hopper() as events:
+        two = kernels()
+        with (
+            mock.patch.object(triton.AsyncCompileMode, "__exit__", lambda *_: interrupted(_)),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            complete(call, x, *two)
+        events.clear()
+        complete(call, x, *two)
+    assert events[-2:] == LAUNCHED
+
+
+def test_a_caller_may_compile_so_himself():
+    with hopper() as events, ThreadPoolExecutor(1) as pool, triton.AsyncCompileMode(pool):
+        complete(call, torch.zeros(64), *kernels())
+    assert events == COMPILED + LAUNCHED
+
+
+def test_before_triton_can_kernels_are_compiled_one_by_one(monkeypatch):
+    monkeypatch.delattr(triton, "AsyncCompileMode")
+    with hopper() as events:
+        complete(call, torch.zeros(64), *kernels())
+    assert events == [COMPILED[0], LAUNCHED[0], COMPILED[1], LAUNCHED[1]]
+
+
+def test_calls_within_a_call_begin_anew_together():
+    x = torch.zeros(64)
+    with hopper() as events:
+        two = kernels()
+        complete(lambda x: complete(call, x, *two), x)
+    assert events == COMPILED + LAUNCHED
+
+
+def test_under_capture_kernels_are_compiled_one_by_one():
+    captured = {"is_available": lambda: True, "is_current_stream_capturing": lambda: True}
+    with hopper() as events, mock.patch.multiple(torch.cuda, **captured):
+        complete(call, torch.zeros(64), *kernels())
+    assert events == [COMPILED[0], LAUNCHED[0], COMPILED[1], LAUNCHED[1]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fla.ops.common.workspace import as_tensor, new_parts, parts_of, room_for
+from fla.ops.common.workspace import as_tensor, bytes_of, new_parts, parts_of, room_of
 
 WANTED = (torch.bfloat16, 2, 3, 5), (torch.float32, 0, 7), (torch.float32, 7), (torch.int32, 2, 2)
 
@@ -22,7 +22,7 @@ def test_no_two_overlap():
 
 
 def test_rooms_fit():
-    room = room_for(torch.zeros(1), *WANTED)
+    room = room_of(torch.zeros(1), bytes_of(*WANTED))
     *_, last = parts_of(room, *WANTED)
     last.tensor()[:] = 1  # past its end, this would be an error
     assert room.numel() == 4 * 128 - 128

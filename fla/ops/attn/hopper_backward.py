@@ -244,15 +244,19 @@ def run_backward(call: Call, do, q, k, v, o, lse, g, gates, marks, sink, cu_seql
         constants,
     )  # fmt: skip
     scale = call.scale / LOG2E.value
-    with torch.cuda.device_of(q):
-        hopper_backward_kernel[(programs,)](
+    launch(
+        hopper_backward_kernel,
+        programs,
+        (dk, dv, sums, turns, counters, needed, latest, row_sums, column_sums, cu_seqlens),
+        (
             *(descriptor(x, block, D) for x in (q, k, v, do)),
             _lines(rows),
             None if pairs is None else _lines(pairs),
             *(descriptor(x, block, D) for x in (dk, dv)),
-            dk, dv, sums, turns, counters, needed, latest, row_sums, column_sums, cu_seqlens,
-            call.scale, scale, *numbers, H, HQ // H, num_warps=4,
-        )  # fmt: skip
+            call.scale, scale, *numbers,
+        ),
+        {"H": H, "G": HQ // H, "num_warps": 4},
+    )  # fmt: skip
     launch(
         dq_kernel,
         blocks * HQ,

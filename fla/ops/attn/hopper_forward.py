@@ -382,7 +382,7 @@ def consume(
 
 @gluon.jit(do_not_specialize=["window", "N", "T", "intervals"])
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, until_desc, o, lse, sink, sums, marks, needed, cu_seqlens,
+    o, lse, sink, sums, marks, needed, cu_seqlens, q_desc, k_desc, v_desc, o_desc, until_desc,
     scale, window, N, T, intervals, H: gl.constexpr, HQ: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     """What ``forward.forward_kernel`` gives, in tiles of BLOCK queries from the longest on.
@@ -452,10 +452,11 @@ def run_forward(call: Call, q, k, v, sums, marks, sink, cu_seqlens) -> tuple[Ten
             {name: call.constants[name] for name in ("H", "G", "K", "BK")} | {"num_warps": 4},
         )
     scale, _floor, *numbers = call.numbers
-    programs = min(call.blocks(block) * HQ, multiprocessors(q.device))
-    with torch.cuda.device_of(q):
-        hopper_forward_kernel[(programs,)](
-            *descriptors, until, o, lse, sink, sums, marks, needed, cu_seqlens,
-            scale, *numbers, H, HQ, V, num_warps=4,
-        )  # fmt: skip
+    launch(
+        hopper_forward_kernel,
+        min(call.blocks(block) * HQ, multiprocessors(q.device)),
+        (o, lse, sink, sums, marks, needed, cu_seqlens),
+        (*descriptors, until, scale, *numbers),
+        {"H": H, "HQ": HQ, "V": V, "num_warps": 4},
+    )
     return o, lse

@@ -294,9 +294,9 @@ def consume(
 
 @gluon.jit(do_not_specialize=["window", "N", "T", "intervals"])
 def hopper_backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, dk_desc, dv_desc, dk, dv, sums, turns,
-    ticket, needed, latest, row_sums, column_sums, cu_seqlens, scale, dk_scale, window, N, T,
-    intervals, H: gl.constexpr, G: gl.constexpr,
+    dk, dv, sums, turns, ticket, needed, latest, row_sums, column_sums, cu_seqlens,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, dk_desc, dv_desc,
+    scale, dk_scale, window, N, T, intervals, H: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of KEYS keys of a key head, summed over its G query heads, and their part of dq.
 

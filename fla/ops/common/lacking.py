@@ -2,12 +2,14 @@
 
 A launch that finds its kernel missing cannot know those that follow.  So its call goes on without
 launching, to gather what it lacks, and when all of that is there begins anew.  What it had done is
-done again: an operator changes nothing that it has yet to read before it launches.
+done again: an operator launches by ``launch`` alone, and what it changes beside that, if it reads
+it too, it leaves as it is while it ``begins_anew``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,7 +40,8 @@ def complete(run: Callable[..., Any], *args: Any) -> Any:
     if not lacks:
         return result
     del result  # what was not computed need not take memory beside what will be
-    _compile(lacks, args[0].device)
+    # Triton's mode is a variable of the context; whatever ends this one ends the mode
+    contextvars.Context().run(_compile, lacks, args[0].device)
     return run(*args)
 
 
@@ -51,7 +54,7 @@ def gathering() -> list[Callable[[], Any]] | None:
 
 
 def begins_anew() -> bool:
-    """Whether nothing need be launched, as the call lacks a kernel."""
+    """Whether the call lacks a kernel, so that nothing more of it counts."""
     return bool(_call.lacks)
 
 
@@ -59,24 +62,33 @@ def _compile(lacks: list[Callable[[], Any]], device: torch.device) -> None:
     """What is wrong with a kernel is said when it is launched."""
     import triton
 
-    on_gpu = device.type == "cuda"
-    use = (torch.cuda.set_device, (device,)) if on_gpu else (None, ())
+    if not hasattr(triton, "AsyncCompileMode"):  # before 3.5: one by one, when they are launched
+        return
     with (
-        torch.cuda.device(device) if on_gpu else contextlib.nullcontext(),
-        _Pool(len(lacks), "compile", *use) as pool,
+        _on(device),
+        _Pool(len(lacks), device) as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
         while lacks:
             lacks.pop(0)()
 
 
-class _Pool(ThreadPoolExecutor):
-    """Threads, of which Triton lets go while it compiles; they load kernels too."""
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
-    def submit(self, compile: Callable[[], Any], /, *_: Any, **__: Any) -> Future[Any]:
+
+class _Pool(ThreadPoolExecutor):
+    """Threads that compile, for which Triton lets go of Python's lock, and load on ``device``."""
+
+    def __init__(self, threads: int, device: torch.device):
+        super().__init__(threads)
+        self._device = device
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         def compile_and_load() -> Any:
-            kernel = compile()
-            kernel.run  # noqa: B018, made when it is asked for
+            with _on(self._device):
+                kernel = fn(*args, **kwargs)
+                kernel.run  # noqa: B018, made when it is asked for
             return kernel
 
         return super().submit(compile_and_load)

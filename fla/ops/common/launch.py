@@ -46,7 +46,7 @@ def launch(
     below 2^31 and named in ``do_not_specialize``, and tensors, or None, begin at multiples of 16
     bytes; where one does not, Triton looks.
 
-    Nothing is launched while an operator gathers kernels that it lacks.
+    Once a kernel of an operator's call is missing, the call launches nothing more (``lacking``).
     """
     device = tensors[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():

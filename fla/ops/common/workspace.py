@@ -52,9 +52,14 @@ def as_tensor(x: Any) -> Any:
     return x.tensor() if isinstance(x, Part) else x
 
 
-def room_for(like: Tensor, *wanted: Wanted) -> Tensor:
-    """Bytes that ``wanted`` workspaces fit in, where ``like`` is."""
-    return like.new_empty(_layout(*wanted)[1], dtype=torch.uint8)
+def bytes_of(*wanted: Wanted) -> int:
+    """How many bytes ``wanted`` workspaces take."""
+    return _layout(*wanted)[1]
+
+
+def room_of(like: Tensor, size: int) -> Tensor:
+    """So many bytes, where ``like`` is."""
+    return like.new_empty(size, dtype=torch.uint8)
 
 
 def parts_of(room: Tensor, *wanted: Wanted) -> list[Part]:
@@ -66,7 +71,7 @@ def parts_of(room: Tensor, *wanted: Wanted) -> list[Part]:
 
 def new_parts(like: Tensor, *wanted: Wanted) -> list[Part]:
     """``wanted`` workspaces in a new tensor where ``like`` is."""
-    return parts_of(room_for(like, *wanted), *wanted)
+    return parts_of(room_of(like, bytes_of(*wanted)), *wanted)
 
 
 @once

@@ -61,9 +61,9 @@ def chunk_kda(
         safe_gate: promises decays in ``[lower_bound, 0)``; with ``use_gate_in_kernel`` it wants a
             ``lower_bound`` in ``[-5, 0)``.  The result is the same.
         lower_bound: selects the gate's formula, see ``fused_kda_gate``.
-        disable_recompute: whether what the backward could compute again is kept, three tensors of
-            ``[B, T, HV, K]``, which saves a kernel; small calls keep it anyway.  The result is the
-            same.
+        disable_recompute: whether the backward pass finds decayed q and k kept, three tensors of
+            ``[B, T, HV, K]``, in fp32 unless inputs are bf16, and takes as much again while it
+            runs, instead of making them anew; small calls do so anyway.  The result is the same.
         return_intermediate_states: whether to return the state before each chunk as well; only
             under ``torch.inference_mode()``, entered outside of what torch.compile sees.
         state_v_first: whether states are ``[N, HV, V, K]``, in and out.
@@ -114,7 +114,7 @@ def chunk_kda(
             state_v_first=contract.state_layout(state_v_first, transpose_state_layout),
             output_final_state=output_final_state,
             intermediate_states=return_intermediate_states,
-            keep=disable_recompute,
+            keep_operands=disable_recompute,
         ),
     )
     return (o, final_state) if h is None else (o, final_state, h)

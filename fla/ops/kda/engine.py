@@ -37,7 +37,7 @@ class Options(NamedTuple):
     state_v_first: bool = False
     output_final_state: bool = False
     intermediate_states: bool = False
-    keep: bool = False
+    keep_operands: bool = False
 
 
 def _lacks_triton(at: Problem) -> str | None:
@@ -350,7 +350,7 @@ _OPERANDS = "Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? d
 _OPTIONS = (
     "float scale, int chunk_size, bool qk_l2norm, bool gate, float? lower_bound, "
     "bool beta_sigmoid, bool neg_eigval, bool state_v_first, bool output_final_state, "
-    "bool intermediate_states, bool keep"
+    "bool intermediate_states, bool keep_operands"
 )
 _forward = Operator(
     f"delta_forward(Tensor q, {_OPERANDS}, Tensor? initial_state, Tensor? cu_seqlens, "

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla.ops.common.kernels import cdiv, power, power_of_two
+from fla.ops.common.lacking import begins_anew
 from fla.ops.common.launch import launch
 from fla.ops.kda.activations import L2NORM_EPS, beta_of, log_decay
 from fla.ops.kda.slots import sequence
@@ -139,6 +140,8 @@ def serve(q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, acc
     pool = state if _whole_rows(state) else state.contiguous()
     operands = q, k, v, g, beta, A_log, dt_bias, cu_seqlens
     _launch(*operands, pool, o, pool, indices, accepted, options, in_place=True)
+    if begins_anew():  # ``out`` may be where operands are
+        return
     if o is not out:
         out.copy_(o)
     if pool is not state:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fla.ops.common.boundary import absent
 from fla.ops.common.kernels import cdiv, power_of_two
 from fla.ops.common.launch import launch
-from fla.ops.common.workspace import Wanted, new_parts, parts_of, room_for
+from fla.ops.common.workspace import Wanted, bytes_of, new_parts, parts_of, room_of
 from fla.ops.kda import recurrent
 from fla.ops.kda.chunk_gradients import gradients_kernel, through_states_kernel, unit_kernel
 from fla.ops.kda.chunk_inter import advance_kernel, join_kernel, scans_kernel
@@ -52,8 +52,9 @@ THROUGH = Launch(64, 4, 2)
 GRADIENTS = Launch(64, 4)
 # Programs that fill the chip, one on each of an H200's 132 multiprocessors.
 FILLS_CHIP = 132
-# Chunks of all heads, eight a multiprocessor, below which the host takes longer than the chip: it
-# need not launch again what made operands, and they take 50 MB at most where K is 128.
+# Chunks of all heads, eight a multiprocessor, up to which the host takes longer than the chip.  It
+# need not launch again what made operands: these wait for the backward pass, 50 MB of a call in
+# bf16 with K of 128.
 FEW_CHUNKS = 8 * FILLS_CHIP
 # Chunks below which a segment's summary costs more than it saves.
 SHORTEST_SEGMENT = 16
@@ -97,7 +98,7 @@ def kept(q, v, cu_seqlens, options):
     """Room for what a backward pass reads again of all chunks."""
     if options.chunk_size == 0 or q.numel() == 0 or v.numel() == 0:
         return absent(q)
-    return room_for(q, *_kept(q, v, cu_seqlens, options))
+    return _room(q, v, cu_seqlens, options)
 
 
 def backward(
@@ -114,7 +115,8 @@ def backward(
     else:
         do = do.contiguous()
         if room is None or room.numel() == 0:
-            call.intra(room_for(q, *_kept(q, v, cu_seqlens, options)))
+            call.intra(_room(q, v, cu_seqlens, options))
+            call.in_place = True
         else:
             call.intra_again(room)
         call.scans(do, initial_state, dstate, dinitial)
@@ -152,15 +154,17 @@ def _pairs_and_operands(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options
     ]
 
 
-def _keeps_operands(pairs: Wanted, options) -> bool:
-    """Whether operands are kept beside these pairs, rather than made again."""
+def _few(pairs: Wanted) -> bool:
     _, _, slots, HV, *_ = pairs
-    return options.keep or slots * HV <= FEW_CHUNKS
+    return slots * HV <= FEW_CHUNKS
 
 
-def _kept(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options) -> list[Wanted]:
+def _room(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options) -> Tensor:
     wanted = _pairs_and_operands(q, v, cu_seqlens, options)
-    return wanted if _keeps_operands(wanted[0], options) else wanted[:1]
+    size = bytes_of(*wanted)
+    if not options.keep_operands:  # chosen without a question to sizes that are symbols
+        size = torch.sym_ite(_few(wanted[0]), size, bytes_of(*wanted[:1]))
+    return room_of(q, size)
 
 
 class Call:
@@ -219,11 +223,12 @@ class Call:
     def take(self, room: Tensor) -> None:
         """Workspaces of ``intra``, in ``room`` those that are kept."""
         wanted = _pairs_and_operands(self.q, self.v, self.cu_seqlens, self.options)
-        self.keeps_operands = _keeps_operands(wanted[0], self.options)
-        if self.keeps_operands:
-            parts = parts_of(room, *wanted)
-        else:
+        # whether gradients of operands may take their place
+        self.in_place = not (self.options.keep_operands or _few(wanted[0]))
+        if self.in_place:
             parts = parts_of(room, *wanted[:1]) + new_parts(self.q, *wanted[1:])
+        else:
+            parts = parts_of(room, *wanted)
         self.pairs, self.operands, self.decay, self.betas, self.factors, self.near = parts
         self.queries, self.solver = self.pairs[0], self.pairs[1]
         self.q_in, self.k_in, self.k_out = (self.operands[i] for i in range(3))
@@ -231,7 +236,7 @@ class Call:
     def intra_again(self, room: Tensor) -> None:
         """``intra`` where ``room`` holds what it kept."""
         self.take(room)
-        if not self.keeps_operands:
+        if self.in_place:
             self.make_operands(pairs=False)
 
     def intra(self, room: Tensor) -> None:
@@ -403,22 +408,23 @@ class Call:
         )  # fmt: skip
 
     def new_gradients(self) -> None:
-        """Workspaces of ``gradients``; those of operands are in their place unless that is kept."""
+        """Workspaces of ``gradients``."""
         chunks = self.slots, self.HV
+        has_parameters = self.A_log is not None or self.dt_bias is not None
+        of_parameters = (self.slots if has_parameters else 0), self.HV
         dpairs, doperands, self.own, self.through, drates, dbiases = new_parts(
             self.q,
             (self.dtype, 2, *chunks, self.C, self.C),
-            (self.dtype, 3 if self.keeps_operands else 0, *chunks, self.C, self.BK),
+            (self.dtype, 0 if self.in_place else 3, *chunks, self.C, self.BK),
             (torch.float32, *chunks, self.C),
             (torch.float32, *chunks, self.BK),
-            (torch.float32, *chunks, self.BK // GRADIENTS.block),
-            (torch.float32, *chunks, self.BK),
+            (torch.float32, *of_parameters, self.BK // GRADIENTS.block),
+            (torch.float32, *of_parameters, self.BK),
         )
-        has_parameters = self.A_log is not None or self.dt_bias is not None
         self.drates = drates if has_parameters else None
         self.dbiases = dbiases if has_parameters else None
         self.dqueries, self.dkeys = dpairs[0], dpairs[1]
-        if not self.keeps_operands:
+        if self.in_place:
             doperands = self.operands
         self.dq_in, self.dk_in, self.dk_out = (doperands[i] for i in range(3))
 

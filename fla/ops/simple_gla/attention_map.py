@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla.ops.common.kernels import cdiv, power, power_of_two, product
+from fla.ops.common.launch import launch
 from fla.ops.simple_gla.blocks import CHUNK
 
 
@@ -91,19 +92,14 @@ def attention_map(q: Tensor, k: Tensor, sums: Tensor | None, rests: Tensor | Non
     if not out.numel():
         return out
     precision = {torch.bfloat16: None, torch.float16: None, torch.float32: "tf32x3"}[q.dtype]
-    attention_map_kernel[(cdiv(T, CHUNK) * B * H,)](
-        q,
-        k,
-        sums,
-        rests,
-        out,
-        scale,
-        T,
-        H,
-        K=K,
-        BK=max(power_of_two(K), 16),
-        C=CHUNK,
-        PRECISION=precision,
-        num_stages=1 if K > 128 else 2,
-    )
+    launch(
+        attention_map_kernel,
+        cdiv(T, CHUNK) * B * H,
+        (q, k, sums, rests, out),
+        (scale, T, H),
+        {
+            "K": K, "BK": max(power_of_two(K), 16), "C": CHUNK, "PRECISION": precision,
+            "num_stages": 1 if K > 128 else 2,
+        },
+    )  # fmt: skip
     return out
