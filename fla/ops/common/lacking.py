@@ -63,7 +63,7 @@ def _compile(lacks: list[Callable[[], Any]], device: torch.device) -> None:
     import triton
 
     if not hasattr(triton, "AsyncCompileMode"):  # before 3.5: one by one, when they are launched
-        return
+        return lacks.clear()
     with (
         _on(device),
         _Pool(len(lacks), device) as pool,
