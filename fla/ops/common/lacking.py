@@ -2,8 +2,8 @@
 
 A launch that finds its kernel missing cannot know those that follow.  So its call goes on without
 launching, to gather what it lacks, and when all of that is there begins anew.  What it had done is
-done again: an operator launches by ``launch`` alone, and what it changes beside that, if it reads
-it too, it leaves as it is while it ``begins_anew``.
+done again: an operator of several kernels launches by ``launch`` alone, and what it changes beside
+that, if it reads it too, it leaves as it is while it ``begins_anew``.
 """
 
 from __future__ import annotations

@@ -17,7 +17,10 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def _kind(x: Any) -> Any:
-    """What of a number, or of a tensor in tiles, a kernel is compiled for."""
+    """What of a number, or of a tensor in tiles, a kernel is compiled for.
+
+    How tiles lie in shared memory follows from that for each parameter.
+    """
     tile = getattr(x, "block_shape", None)
     return type(x) if tile is None else (x.base.dtype, *tile)
 
