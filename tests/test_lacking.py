@@ -118,14 +118,11 @@ def test_kernels_are_loaded_side_by_side():
 
 
 def test_a_compilation_that_is_broken_off_leaves_nothing_behind():
-    def interrupted(_):
-        raise KeyboardInterrupt
-
     x = torch.zeros(64)
     with hopper() as events:
         two = kernels()
         with (
-            mock.patch.object(triton.AsyncCompileMode, "__exit__", lambda *_: interrupted(_)),
+            mock.patch.object(triton.AsyncCompileMode, "__exit__", side_effect=KeyboardInterrupt),
             pytest.raises(KeyboardInterrupt),
         ):
             complete(call, x, *two)

@@ -98,7 +98,12 @@ def kept(q, v, cu_seqlens, options):
     """Room for what a backward pass reads again of all chunks."""
     if options.chunk_size == 0 or q.numel() == 0 or v.numel() == 0:
         return absent(q)
-    return _room(q, v, cu_seqlens, options)
+    wanted = _pairs_and_operands(q, v, cu_seqlens, options)
+    size = bytes_of(*wanted)
+    if not options.keep_operands:  # chosen without a question to sizes that are symbols
+        _, _, slots, HV, *_ = wanted[0]
+        size = torch.sym_ite(slots * HV <= FEW_CHUNKS, size, bytes_of(*wanted[:1]))
+    return room_of(q, size)
 
 
 def backward(
@@ -115,8 +120,7 @@ def backward(
     else:
         do = do.contiguous()
         if room is None or room.numel() == 0:
-            call.intra(_room(q, v, cu_seqlens, options))
-            call.in_place = True
+            call.intra(None)
         else:
             call.intra_again(room)
         call.scans(do, initial_state, dstate, dinitial)
@@ -152,19 +156,6 @@ def _pairs_and_operands(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options
         (torch.float32, slots, HV, 2, C),
         (torch.int32, slots, HV, C // TILE.value),
     ]
-
-
-def _few(pairs: Wanted) -> bool:
-    _, _, slots, HV, *_ = pairs
-    return slots * HV <= FEW_CHUNKS
-
-
-def _room(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options) -> Tensor:
-    wanted = _pairs_and_operands(q, v, cu_seqlens, options)
-    size = bytes_of(*wanted)
-    if not options.keep_operands:  # chosen without a question to sizes that are symbols
-        size = torch.sym_ite(_few(wanted[0]), size, bytes_of(*wanted[:1]))
-    return room_of(q, size)
 
 
 class Call:
@@ -220,12 +211,14 @@ class Call:
         n, h, first, second = state.stride()
         return (n, h, first, second) if self.options.state_v_first else (n, h, second, first)
 
-    def take(self, room: Tensor) -> None:
-        """Workspaces of ``intra``, in ``room`` those that are kept."""
+    def take(self, room: Tensor | None) -> None:
+        """Workspaces of ``intra``, in ``room``, if any, those that are kept: what fits there."""
         wanted = _pairs_and_operands(self.q, self.v, self.cu_seqlens, self.options)
         # whether gradients of operands may take their place
-        self.in_place = not (self.options.keep_operands or _few(wanted[0]))
-        if self.in_place:
+        self.in_place = room is None or room.numel() < bytes_of(*wanted)
+        if room is None:
+            parts = new_parts(self.q, *wanted)
+        elif self.in_place:
             parts = parts_of(room, *wanted[:1]) + new_parts(self.q, *wanted[1:])
         else:
             parts = parts_of(room, *wanted)
@@ -239,7 +232,7 @@ class Call:
         if self.in_place:
             self.make_operands(pairs=False)
 
-    def intra(self, room: Tensor) -> None:
+    def intra(self, room: Tensor | None) -> None:
         """What the scans read of each chunk; what is kept of it goes to ``room``."""
         self.take(room)
         self.make_operands(pairs=True)
