@@ -1,24 +1,28 @@
 """Each engine on a GPU beside other libraries: ``python -m benchmarks gpu``.
 
-Prints ms, forward / backward, and the errors of 16-bit results against fp64; a ``!`` is slower than
-the row is to be.  The findings stand in ``benchmarks/results``.  ``--peer`` names a directory into
-which ``pip install --target DIRECTORY --no-deps fla-core==0.6.0`` has put that package.
+Prints each finding as it comes, and a table last: ms, forward / backward, and the errors of 16-bit
+results against fp64; a ``!`` is slower than the row is to be.  The findings stand in
+``benchmarks/results``.  ``--peer`` names a directory into which ``pip install --target DIRECTORY
+--no-deps fla-core==0.6.0`` has put that package; other GPUs, where there are any, share its rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -35,8 +39,6 @@ SUITES = {
 }
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# Longer than this a library does not get; the rows that it has until then count.
-PATIENCE = 400
 # Only it lies elsewhere, and runs in processes that find it there
 PEER = "fla-core"
 
@@ -53,9 +55,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="DIRECTORY", help="of the JSON"
     )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=600,
+        metavar="SECONDS",
+        help="with each library, of which the rows until then count (default: %(default)g)",
+    )
     parser.add_argument("--library", help="measure this one here and print lines of JSON")
     parser.add_argument("--first-call", action="store_true", help="of --library, instead of rows")
     parser.add_argument("--compile", action="store_true", help="its kernels only")
+    parser.add_argument("--claims", type=Path, help="rows named there are another process's")
     options = parser.parse_args(argv)
     passed = True
     engines = [options.only] if options.only else list(SUITES)
@@ -79,7 +89,7 @@ def work(suite: Suite, options: argparse.Namespace) -> None:
     """Measure a library in this process; one line of JSON for each finding."""
     if options.library == PEER:  # which would take modules that it lacks from this ``fla``
         sys.path.remove(str(ROOT))
-    _take_cores(options.library, measures=not (options.first_call or options.compile))
+    _take_cores(options, measures=not (options.first_call or options.compile))
     if options.first_call:
         _say("first call, s", suite.first_call() if suite.first_call else {})
         return
@@ -89,20 +99,35 @@ def work(suite: Suite, options: argparse.Namespace) -> None:
         _compile(suite, [(library, row) for row in rows for library in libraries])
         return
     for row in rows:
-        _say(row.name, _measure(suite, options.library, row))
-    if suite.host and options.library in ("ours", PEER):
+        if _claimed(options.claims, row.name):
+            _say(row.name, _measure(suite, options.library, row))
+    if suite.host and options.library in ("ours", PEER) and _claimed(options.claims, "host"):
         _say("host, ms", suite.host())
 
 
-def _take_cores(library: str, measures: bool) -> None:
-    """A core of its own to what measures: the first to the peer, else the last; to others the rest.
+def _take_cores(options: argparse.Namespace, measures: bool) -> None:
+    """A core of its own to what measures, the first to peers, else the last; to others the rest.
 
     Autograd's thread is woken there at once; where a core sleeps, after up to .3 ms, which is more
     than a small backward pass takes, and another number at every call.
     """
     cores = sorted(os.sched_getaffinity(0))
-    others = cores[1:-1] or cores
-    os.sched_setaffinity(0, [cores[0 if library == PEER else -1]] if measures else others)
+    mine = cores[1:-1] or cores
+    if measures and options.library == PEER:
+        mine = [next(core for core in cores if _claimed(options.claims, f"core {core}"))]
+    elif measures:
+        mine = cores[-1:]
+    os.sched_setaffinity(0, mine)
+
+
+def _claimed(claims: Path | None, name: str) -> bool:
+    """Whether no other process has taken it."""
+    try:
+        if claims:
+            (claims / name).mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def _measure(suite: Suite, library: str, row: Row) -> Found:
@@ -160,11 +185,11 @@ def _run(engine: str, suite: Suite, options: argparse.Namespace) -> bool:
         (options.out / f"{suite.name}.json").write_text(json.dumps(record, indent=1) + "\n")
     for name, each in found.items():
         for row in rows:
-            if "problem" in each.get(row.name, {"problem": "no answer"}):
-                print(f"{name}: {row.name}: {each.get(row.name, {}).get('problem', 'no answer')}")
+            if "problem" in (answer := each.get(row.name, {"problem": "no answer"})):
+                print(f"{name}: {row.name}: {_said(answer)}")
     for what, each in costs.items():
         for name, cost in each.items():
-            print(f"{what}, {name}:", ", ".join(f"{x} {y:.3g}" for x, y in cost.items()))
+            print(f"{what}, {name}: {_said(cost)}")
     print(*suite.remarks(measured), sep="\n")
     print(*_table(rows, measured, libraries), sep="\n")
     return all(reached(row, each.get("ours", {})) for row, each in zip(rows, measured, strict=True))
@@ -173,61 +198,65 @@ def _run(engine: str, suite: Suite, options: argparse.Namespace) -> bool:
 def _found(
     engine: str, suite: Suite, libraries: list[str], options: argparse.Namespace
 ) -> dict[str, dict[str, Found]]:
-    """One library after the other, the peer on another GPU meanwhile where there is one.
+    """One library after the other, the peer on the other GPUs meanwhile where there are any.
 
     Its search for launches takes minutes and would show in what is measured on the same GPU.
     """
-    here, there = _gpus()
-    with ThreadPoolExecutor() as beside, tempfile.TemporaryDirectory() as cache:
-        compiled = {
-            name: beside.submit(_apart, engine, name, options, "--compile", gpu=gpu)
-            for name, gpu in (("ours", here), (PEER, there))
+    here, *others = _gpus()
+    there = others or [here]
+    apart = functools.partial(_apart, engine, options, dict.fromkeys(libraries, options.patience))
+    with ThreadPoolExecutor() as beside, tempfile.TemporaryDirectory() as place:
+        cache, claims = Path(place, "cache"), Path(place, "claims")
+        claims.mkdir()
+
+        def peers() -> list[Future[dict[str, Found]]]:
+            """The processes that share its rows."""
+            return [beside.submit(apart, PEER, "--claims", str(claims), gpu=gpu) for gpu in there]
+
+        compiling = [
+            beside.submit(apart, name, "--compile", gpu=gpu)
+            for name, gpu in (("ours", here), (PEER, there[0]))
             if name in libraries
-        }
-
-        def measured_peer() -> dict[str, Found]:
-            compiled[PEER].result()
-            return _apart(engine, PEER, options, gpu=there)
-
-        peer = None
-        if PEER in libraries and there != here:
-            peer = beside.submit(measured_peer)
-        elif PEER in libraries:
-            compiled[PEER].result()
-        compiled["ours"].result()
-        found = {
-            name: _apart(engine, name, options, gpu=here) for name in libraries if name != PEER
-        }
-        first = None
+        ]
+        for each in compiling:
+            each.result()
+        running = peers() if PEER in libraries and others else []
+        found = {name: apart(name, gpu=here) for name in libraries if name != PEER}
         if suite.first_call:
-            first = beside.submit(
-                _apart, engine, "ours", options, "--first-call", gpu=here, cache=cache
-            )
+            first = beside.submit(apart, "ours", "--first-call", gpu=here, cache=str(cache))
         if PEER in libraries:
-            found[PEER] = peer.result() if peer else measured_peer()
-        if first:
+            answers = [each.result() for each in running or peers()]
+            found[PEER] = dict(itertools.chain.from_iterable(x.items() for x in answers))
+        if suite.first_call:
             found["ours"] |= first.result()
     return found
 
 
-def _gpus() -> tuple[str, str]:
-    """The GPU to measure on, and the peer's, by the names that CUDA_VISIBLE_DEVICES has."""
+def _gpus() -> list[str]:
+    """Names that CUDA_VISIBLE_DEVICES has for the GPU to measure on, and the others."""
     count = max(torch.cuda.device_count(), 1)
-    names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
-    return names[0], names[-1]
+    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
 
 
 def _apart(
-    engine: str, library: str, options: Any, *more: str, gpu: str, cache: str = ""
+    engine: str,
+    options: argparse.Namespace,
+    left: dict[str, float],
+    library: str,
+    *more: str,
+    gpu: str,
+    cache: str = "",
 ) -> dict[str, Found]:
     """What ``work`` says in a process that finds ``fla`` in the library's directory, on one GPU.
 
-    fla-core would keep on disk what its search for launches finds, and find it again where it is
-    measured: of what is compiled side by side, where nothing is timed, that is any launch.
+    ``left`` are the seconds that each library has.  fla-core would keep on disk what its search for
+    launches finds, and find it again where it is measured: of what is compiled side by side, where
+    nothing is timed, that is any launch.
     """
     command = [sys.executable, "-m", "benchmarks", "gpu", "--only", engine, "--library", library]
-    result = subprocess.run(
-        ["timeout", str(PATIENCE), *command, "--rows", options.rows, *more],
+    start = time.monotonic()
+    process = subprocess.Popen(
+        ["timeout", str(max(left[library], 1)), *command, "--rows", options.rows, *more],
         cwd=options.peer if library == PEER else ROOT,  # comes first among the paths
         env={
             **os.environ,
@@ -239,8 +268,16 @@ def _apart(
         stdout=subprocess.PIPE,
         text=True,
     )
-    lines = [line for line in result.stdout.splitlines() if line.startswith("[")]
-    return dict(json.loads(line) for line in lines)
+    found: dict[str, Found] = {}
+    with process:
+        for line in process.stdout or ():
+            if line.startswith("["):
+                what, each = json.loads(line)
+                found[what] = each
+                if each:
+                    print(f"{library}: {what}: {_said(each)}", flush=True)
+    left[library] -= time.monotonic() - start
+    return found
 
 
 def _machine() -> dict[str, str]:
@@ -263,6 +300,11 @@ def _table(rows: list[Row], measured: list[Found], libraries: list[str]) -> Iter
         off = " ".join(f"{x} {y:.1e}" for x, y in each.get("ours", {}).get("errors", {}).items())
         lines.append([row.name, first, *cells, off])
     return aligned(lines)
+
+
+def _said(found: Found) -> str:
+    numbers = (f"{x} {y:.3g}" for x, y in found.items() if isinstance(y, float))
+    return found.get("problem") or ", ".join(numbers)
 
 
 def _ms(found: Found) -> str:

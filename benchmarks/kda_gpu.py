@@ -84,6 +84,9 @@ _SMALL = {"B": 2, "T": 1024, "H": 32}
 ROWS = (
     _recurrent(256, 0.30),
     _recurrent(8, 0.020),
+    _chunked("B2 T1024 H32", 0.14, 0.36, peer=True, **_SMALL),
+    _chunked("B2 T1024 H32, slow", None, None, gate="slow", **_SMALL, **_SOFTPLUS),
+    _chunked("B2 T1024 H32, mixed", None, None, gate="mixed", **_SMALL, **_SOFTPLUS),
     _chunked("T8192 H64, lower bound", 0.95, 2.8, peer=True),
     _chunked("T8192 H96, lower bound", 1.4, 4.2, peer=True, H=96),
     _chunked("T8192 H96, packed", 1.4, 4.2, peer=True, H=96, lengths=PACKED),
@@ -93,9 +96,6 @@ ROWS = (
     _chunked("T65536 H8", 1.2, 3.2, peer=True, **_LONG),
     _chunked("T65536 H8, slow", None, None, gate="slow", **_LONG, **_SOFTPLUS),
     _chunked("T65536 H8, mixed", None, None, gate="mixed", **_LONG, **_SOFTPLUS),
-    _chunked("B2 T1024 H32", 0.14, 0.36, peer=True, **_SMALL),
-    _chunked("B2 T1024 H32, slow", None, None, gate="slow", **_SMALL, **_SOFTPLUS),
-    _chunked("B2 T1024 H32, mixed", None, None, gate="mixed", **_SMALL, **_SOFTPLUS),
 )
 # Of this one's calls the costs of use are counted.
 _COUNTED = "B2 T1024 H32"

@@ -50,6 +50,27 @@ def test_a_process_of_its_own():
     assert found["calls"] == 3
 
 
+def test_what_a_library_has_until_its_time_is_over(monkeypatch, tmp_path, capsys):
+    """The seconds that its kernels take to compile count; words beside findings do not."""
+    library = tmp_path / "python"
+    library.write_text(
+        """#!/bin/sh
+        case "$*" in *--compile) exec sleep 1;; esac
+        echo searching; echo '["a row", {"forward": 1.5}]'; exec sleep 60
+        """
+    )
+    library.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(library))
+    left = {gpu.PEER: 3.0}
+    options = argparse.Namespace(rows="", peer=tmp_path)
+    gpu._apart("kda", options, left, gpu.PEER, "--compile", gpu="0")
+    assert 1.5 < left[gpu.PEER] < 2.1
+    found = gpu._apart("kda", options, left, gpu.PEER, gpu="0")
+    assert found == {"a row": {"forward": 1.5}}
+    assert -1 < left[gpu.PEER] < 0.1
+    assert capsys.readouterr().out == "fla-core: a row: forward 1.5\n"
+
+
 def test_rows():
     slow, fast = Case("slow", 1), Case("fast", 1)
     measured = {slow: {"seconds": 3.0}, fast: {"seconds": 2.0}}
@@ -202,16 +223,32 @@ def test_kernels_are_compiled_side_by_side(tmp_path):
 
 @pytest.mark.parametrize(
     "cores, ours, peers, others",
-    [({5, 2, 9, 7}, {9}, {2}, {5, 7}), ({1, 2}, {2}, {1}, {1, 2}), ({4}, {4}, {4}, {4})],
+    [({5, 2, 9, 7}, {9}, [2, 5], {5, 7}), ({1, 2}, {2}, [1], {1, 2}), ({4}, {4}, [4], {4})],
 )
-def test_what_is_measured_has_a_core_of_its_own(cores, ours, peers, others, monkeypatch):
+def test_what_is_measured_has_a_core_of_its_own(cores, ours, peers, others, monkeypatch, tmp_path):
     taken = []
     monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda _: cores)
     monkeypatch.setattr(gpu.os, "sched_setaffinity", lambda _, some: taken.append(set(some)))
-    gpu._take_cores("ours", measures=True)
-    gpu._take_cores(gpu.PEER, measures=True)
-    gpu._take_cores("ours", measures=False)
-    assert taken == [ours, peers, others]
+    options = argparse.Namespace(library="ours", claims=None)
+    gpu._take_cores(options, measures=True)
+    gpu._take_cores(options, measures=False)
+    options = argparse.Namespace(library=gpu.PEER, claims=tmp_path)
+    for _ in peers:
+        gpu._take_cores(options, measures=True)
+    assert taken == [ours, others, *({core} for core in peers)]
+
+
+def test_a_row_is_measured_by_the_process_that_claims_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "_take_cores", lambda *_, **__: None)
+    rows = [suite.Row(name, (None, None)) for name in ("first", "second", "third")]
+    some = suite.Suite("some", rows, {"ours": lambda row: {"forward": 1.0}})
+    command = {"library": "ours", "rows": "", "first_call": False, "compile": False}
+    options = argparse.Namespace(**command, claims=tmp_path)
+    (tmp_path / "second").mkdir()
+    gpu.work(some, options)
+    gpu.work(some, options)
+    said = [json.loads(line)[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["first", "third"]
 
 
 def test_wrong_results_are_not_timed():
@@ -219,25 +256,29 @@ def test_wrong_results_are_not_timed():
         suite.errors({"dq": torch.tensor([1.1])}, {"dq": torch.tensor([1.0])})
 
 
-@pytest.mark.parametrize("seen, where", [("1,3", "13"), ("2", "22")])
-def test_the_peer_has_a_gpu_of_its_own_where_there_are_two(seen, where, monkeypatch):
+@pytest.mark.parametrize("seen, others", [("1,3", "3"), ("1,3,4", "34"), ("1", "")])
+def test_the_peer_has_the_other_gpus_where_there_are_any(seen, others, monkeypatch):
     called = []
 
-    def apart(engine, library, options, *more, gpu, cache=""):
-        called.append((library, *more, gpu))
-        return {}
+    def apart(engine, options, left, library, *more, gpu, cache=""):
+        called.append((library, *more[:1], gpu))
+        return {f"row on {gpu}": {"forward": 1.0}} if library == "fla-core" else {}
 
     monkeypatch.setattr(gpu, "_apart", apart)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
-    options = argparse.Namespace(peer="somewhere", rows="")
+    options = argparse.Namespace(peer="somewhere", rows="", patience=1.0)
     found = gpu._found("attn", softmax_gpu.SUITE, ["ours", "triton", gpu.PEER], options)
-    assert found == {"ours": {}, "triton": {}, gpu.PEER: {}}
-    here, there = where
-    ours = [("ours", "--compile", here), ("ours", here), ("triton", here)]
-    peers = [(gpu.PEER, "--compile", there), (gpu.PEER, there)]
-    assert sorted(called) == sorted([*ours, *peers, ("ours", "--first-call", here)])
-    if here == there:  # nothing is measured beside the peer's search
-        assert called.index(peers[0]) < called.index(ours[1]) < called.index(peers[1])
+    there = others or "1"
+    rows = {f"row on {where}": {"forward": 1.0} for where in there}
+    assert found == {"ours": {}, "triton": {}, gpu.PEER: rows}
+    ours = [("ours", "--compile", "1"), ("ours", "1"), ("triton", "1")]
+    peers = [(gpu.PEER, "--claims", where) for where in there]
+    compiling = (gpu.PEER, "--compile", there[0])
+    assert sorted(called) == sorted([*ours, compiling, *peers, ("ours", "--first-call", "1")])
+    measured = [called.index(x) for x in (*ours[1:], *peers)]
+    assert max(called.index(ours[0]), called.index(compiling)) < min(measured)
+    if not others:  # nothing is measured beside the peer's search
+        assert max(called.index(x) for x in ours) < called.index(peers[0])
 
 
 def test_gpu_results_hold_what_is_printed(monkeypatch, tmp_path, capsys):
