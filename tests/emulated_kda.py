@@ -13,7 +13,7 @@ import torch
 from emulated_gluon import emulated
 from torch import Tensor
 
-from fla.ops.kda import triton as portable
+from fla.ops.kda import launches
 from fla.ops.kda.engine import Options
 from fla.testing.compare import relative_error
 
@@ -32,7 +32,7 @@ class Call(hopper.Call):
         q, v = torch.randn(B, T, H, case.K), torch.randn(B, T, H, case.V)
         ends = torch.tensor([0, *case.lengths]).cumsum(0) if packed else None
         options = Options(1.0, chunk_size=C, state_v_first=case.variant == "v first")
-        with mock.patch.object(portable, "_tiles", lambda *_: (torch.float32, case.K, C)):
+        with mock.patch.object(launches, "_tiles", lambda *_: (torch.float32, case.K, C)):
             super().__init__(q, q, v, q, q[..., 0], None, None, ends, options)
         self.operands = torch.randn(3, self.slots, H, C, case.K) / case.K**0.5
         self.q_in, self.k_in, self.k_out = self.operands

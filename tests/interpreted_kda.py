@@ -95,9 +95,9 @@ CASES = {
 @pytest.mark.parametrize("chunk", [32, 64])
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_agree_with_eager(case, chunk):
-    from fla.ops.kda import triton as kernels
+    from fla.ops.kda import launches
 
-    with mock.patch.object(kernels, "chunk", lambda *sizes: chunk):
+    with mock.patch.object(launches, "chunk", lambda *sizes: chunk):
         agree(*operands(**CASES[case]), bound=FP32)
 
 
@@ -119,9 +119,9 @@ def test_fp16():
 
 
 def test_segments_are_joined():
-    from fla.ops.kda import triton as kernels
+    from fla.ops.kda import launches
 
-    with mock.patch.multiple(kernels, FILLS_CHIP=6, SHORTEST_SEGMENT=1, FEWEST_SEGMENTS=2):
+    with mock.patch.multiple(launches, FILLS_CHIP=6, SHORTEST_SEGMENT=1, FEWEST_SEGMENTS=2):
         agree(*operands(170, 16, 24), bound=FP32)
         agree(*operands(150, 16, 24, lengths=(0, 100, 50, 0), gate="mixed"), bound=FP32)
 
@@ -138,11 +138,12 @@ def test_states_before_chunks():
 
 
 def test_a_later_token_changes_no_bit_before_it():
+    from fla.ops.kda import launches
     from fla.ops.kda import triton as kernels
 
     for gate, chunk in (("slow", 32), ("mixed", 64)):
         arguments, _, _ = operands(40, 16, 16, gate=gate)
-        with mock.patch.object(kernels, "chunk", lambda *sizes, chunk=chunk: chunk):
+        with mock.patch.object(launches, "chunk", lambda *sizes, chunk=chunk: chunk):
             before = kernels.forward(*arguments)[0]
             for i in range(5):  # of q, k, v, g and beta each
                 arguments[i][:, 21] = -500.0 if i == 3 else 3.0

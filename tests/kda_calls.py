@@ -53,12 +53,12 @@ class Launch(NamedTuple):
 
     def as_told(self):
         """Inside, long sequences fall into segments, or none does."""
-        from fla.ops.kda import triton as kernels
+        from fla.ops.kda import launches
 
         few = {"FILLS_CHIP": 1}
         if self.segments:
             few = {"FILLS_CHIP": 1 << 20, "SHORTEST_SEGMENT": 1, "FEWEST_SEGMENTS": 2}
-        return mock.patch.multiple(kernels, **few)
+        return mock.patch.multiple(launches, **few)
 
 
 def _constant(decay):

@@ -12,6 +12,7 @@ from fla.ops.common.workspace import as_tensor
 from fla.ops.kda import triton as portable
 from fla.ops.kda.engine import Options
 from fla.ops.kda.gate import Gate
+from fla.ops.kda.launches import Call
 
 C, TILE, ROOM = 64, 16, 116.0
 EXACT = ("decay", "betas", "factors")
@@ -43,7 +44,7 @@ def operands(T, K, gate="bound", H=1, HV=None, B=1, dtype=torch.bfloat16, device
     return [q, k, v, g.to(dtype), beta, A_log, dt_bias], options
 
 
-def call_of(make, arguments, options, bounds=None) -> tuple[portable.Call, Tensor]:
+def call_of(make, arguments, options, bounds=None) -> tuple[Call, Tensor]:
     """A call of class ``make`` with its workspaces, full of NaN, and room for M and A."""
     cu_seqlens = None if bounds is None else torch.tensor(bounds, device=arguments[0].device)
     call = make(*arguments, cu_seqlens, options)

@@ -31,10 +31,13 @@ def sanitized(tool: str, program: str, *arguments: object) -> str:
 @contextlib.contextmanager
 def workspaces_apart() -> Iterator[None]:
     """Each workspace of the delta engine is a tensor of its own, whose end memcheck knows."""
-    from fla.ops.kda import triton as kernels
+    from fla.ops.kda import launches, triton
 
     def new_parts(like, *wanted):
         return [like.new_empty(shape, dtype=dtype) for dtype, *shape in wanted]
 
-    with mock.patch.multiple(kernels, new_parts=new_parts, FEW_CHUNKS=0):
+    with (
+        mock.patch.object(launches, "new_parts", new_parts),
+        mock.patch.object(triton, "FEW_CHUNKS", 0),
+    ):
         yield

@@ -129,7 +129,8 @@ def names_of_modules() -> list[str]:
     paths = [
         path
         for path in modules()
-        if path.name not in {"triton.py", "hopper.py"} and not starting(imports(path), "triton")
+        if path.name not in {"triton.py", "hopper.py", "launches.py"}
+        and not starting(imports(path), "triton")
     ]
     relative = (path.relative_to(ROOT.parent).with_suffix("") for path in paths)
     return sorted(".".join(path.parts).removesuffix(".__init__") for path in relative)

@@ -14,8 +14,7 @@ from compiling import before_arrivals, compiling, dumped
 
 from fla.ops.common import device
 from fla.ops.common.dispatch import Problem
-from fla.ops.kda import hopper, hopper_scan
-from fla.ops.kda import triton as portable
+from fla.ops.kda import hopper, hopper_scan, launches
 from fla.ops.kda.engine import ENGINE, Options
 
 # Launchers of other kernels, which are not launched here
@@ -43,7 +42,7 @@ def call(T=1024, K=128, V=128, packed=False, states=False, segments=False, parti
         mock.patch.object(
             hopper_scan, "multiprocessors", lambda _: 0 if partitions == 2 else 1 << 20
         ),
-        mock.patch.multiple(portable, launch=lambda *_: None, **few),
+        mock.patch.multiple(launches, launch=lambda *_: None, **few),
     ):
         _, _, _, pairs = hopper.forward(q, k, v, g, beta, None, None, kv, cu_seqlens, options)
         operands = v, kv, q, k, v, g, beta, None, None, kv, cu_seqlens
@@ -96,7 +95,7 @@ def test_what_it_does_not_take_goes_to_triton():
         with (
             mock.patch.multiple(hopper, SMALLEST=1 << 19, **OTHERS),
             mock.patch.object(hopper, "run_scan", lambda *_, **__: made.append("hopper")),
-            mock.patch.object(portable, "launch", lambda *_: made.append("triton")),
+            mock.patch.object(launches, "launch", lambda *_: made.append("triton")),
         ):
             options = Options(1.0, chunk_size=64, **more)
             hopper.forward(q, q, v, q, torch.zeros(1, T, 2), None, None, None, None, options)

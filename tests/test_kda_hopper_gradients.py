@@ -12,8 +12,7 @@ from alone import run_alone
 from compiling import compiling, usage_of
 from interpreted_kda import operands
 
-from fla.ops.kda import hopper
-from fla.ops.kda import triton as portable
+from fla.ops.kda import hopper, launches
 from fla.ops.kda.chunk_gradients import unit_kernel
 
 # Launchers of other kernels, which are not launched here
@@ -26,7 +25,7 @@ from unittest import mock
 import emulated_gluon
 from interpreted_kda import NAMES, operands, wide
 from fla.ops.common.workspace import as_tensor
-from fla.ops.kda import eager, triton as portable
+from fla.ops.kda import eager, launches, triton as portable
 from fla.testing.compare import relative_error
 
 torch.set_num_threads(1)
@@ -83,7 +82,7 @@ for case in cases:
         arguments[3].mul_(0.3).add_(opened)
     if steepest is not None:
         arguments[3][:, 9::16] = steepest
-    with mock.patch.object(portable, "chunk", lambda *sizes: 64):
+    with mock.patch.object(launches, "chunk", lambda *sizes: 64):
         found = portable.backward(do * size, dstate * size, *arguments, made_by=Call)
     expected = eager.backward(do.double(), dstate.double(), *wide(arguments))
     errors = {
@@ -106,7 +105,7 @@ def test_emulated():
 
 # Kernels that are not made for Hopper
 NO_OTHERS = mock.patch.multiple(
-    portable, launch=mock.DEFAULT, parameters_backward=lambda *_: (None, None)
+    launches, launch=mock.DEFAULT, parameters_backward=lambda *_: (None, None)
 )
 
 
@@ -152,7 +151,7 @@ def test_norms_need_no_kernel_of_their_own():
     def launched(**more):
         arguments, do, dstate = operands(64, 64, 64, torch.bfloat16, **more)
         with (
-            mock.patch.object(portable, "launch") as launch,
+            mock.patch.object(launches, "launch") as launch,
             mock.patch.multiple(hopper, **OTHERS),
             mock.patch.multiple(hopper, run_states=mock.DEFAULT, run_gradients=mock.DEFAULT),
         ):

@@ -12,8 +12,7 @@ import torch
 from alone import run_alone
 from compiling import compiling, dumped, usage_of
 
-from fla.ops.kda import hopper, hopper_halving, hopper_intra
-from fla.ops.kda import triton as portable
+from fla.ops.kda import hopper, hopper_halving, hopper_intra, launches
 
 EMULATED = """
 import json, torch
@@ -174,7 +173,7 @@ def test_what_it_does_not_take_goes_to_triton():
         call, _ = kda_operands.call_of(hopper.Call, arguments, options)
         with (
             mock.patch.object(hopper, "run_intra") as by_hopper,
-            mock.patch.object(portable, "launch") as by_triton,
+            mock.patch.object(launches, "launch") as by_triton,
         ):
             call.make_operands(pairs=True)
         assert by_hopper.called != by_triton.called

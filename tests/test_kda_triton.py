@@ -44,7 +44,7 @@ def test_every_launch_compiles_for_hopper(dtype, K, V):
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from fla.ops.kda import gate_kernels
+    from fla.ops.kda import gate_kernels, launches
     from fla.ops.kda import triton as kernels
 
     hopper = mock.Mock()
@@ -74,7 +74,7 @@ def test_every_launch_compiles_for_hopper(dtype, K, V):
         with mock.patch.object(kernels, "FEW_CHUNKS", 0):
             room = kernels.kept(*arguments[:3:2], None, arguments[9])
             kernels.backward(do, dstate, *arguments, room)
-        with mock.patch.multiple(kernels, FILLS_CHIP=32, SHORTEST_SEGMENT=1, FEWEST_SEGMENTS=2):
+        with mock.patch.multiple(launches, FILLS_CHIP=32, SHORTEST_SEGMENT=1, FEWEST_SEGMENTS=2):
             kernels.forward(*arguments)
         for given in (arguments, packed):
             kernels.forward(*given[:9], given[9]._replace(chunk_size=0))
@@ -87,18 +87,19 @@ def test_every_launch_compiles_for_hopper(dtype, K, V):
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("few", [0, 2])
 def test_operands_are_made_again_unless_they_are_kept(keep, few):
+    from fla.ops.kda import launches
     from fla.ops.kda import triton as kernels
 
     arguments, do, dstate = operands(128, 64, 64, keep_operands=keep)
     launched = []
     with (
-        mock.patch.object(kernels, "launch", lambda kernel, *_: launched.append(kernel)),
+        mock.patch.object(launches, "launch", lambda kernel, *_: launched.append(kernel)),
         mock.patch.object(kernels, "FEW_CHUNKS", few),
     ):
         room = kernels.kept(*arguments[:3:2], None, arguments[9])
         kernels.backward(do, dstate, *arguments, room)
     kept = keep or few >= 2
-    assert (kernels.intra_kernel in launched) == (not kept)
+    assert (launches.intra_kernel in launched) == (not kept)
     assert room.numel() > 5 * 128 * 64 * 4 * kept
 
 

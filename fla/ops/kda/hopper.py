@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from fla.ops.kda import launches
 from fla.ops.kda import triton as portable
 from fla.ops.kda.hopper_blocks import BV
 from fla.ops.kda.hopper_gradients import run_gradients
@@ -19,7 +20,7 @@ from fla.ops.kda.hopper_states import run_states
 SMALLEST = 1 << 24
 
 
-class Call(portable.Call):
+class Call(launches.Call):
     """A call of which the kernels for Hopper run what they take."""
 
     def make_operands(self, pairs: bool) -> None:

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 
 from fla.ops.kda.halving import TILE, joined, parts
 from fla.ops.kda.hopper_tiles import PLAIN, SHARED, VECTOR
-from fla.ops.kda.triton import GRADIENTS
+from fla.ops.kda.launches import GRADIENTS
 
 # Two blocks of 16 tokens are at work at once, so that a chunk of 64 takes two rounds.
 ROUNDS = gl.constexpr(2)
