@@ -89,7 +89,7 @@ def work(suite: Suite, options: argparse.Namespace) -> None:
     """Measure a library in this process; one line of JSON for each finding."""
     if options.library == PEER:  # which would take modules that it lacks from this ``fla``
         sys.path.remove(str(ROOT))
-    _take_cores(options, measures=not (options.first_call or options.compile))
+    _take_cores(options)
     if options.first_call:
         _say("first call, s", suite.first_call() if suite.first_call else {})
         return
@@ -105,17 +105,18 @@ def work(suite: Suite, options: argparse.Namespace) -> None:
         _say("host, ms", suite.host())
 
 
-def _take_cores(options: argparse.Namespace, measures: bool) -> None:
+def _take_cores(options: argparse.Namespace) -> None:
     """A core of its own to what measures, the first to peers, else the last; to others the rest.
 
     Autograd's thread is woken there at once; where a core sleeps, after up to .3 ms, which is more
     than a small backward pass takes, and another number at every call.
     """
     cores = sorted(os.sched_getaffinity(0))
-    mine = cores[1:-1] or cores
-    if measures and options.library == PEER:
+    if options.first_call or options.compile:
+        mine = cores[1:-1] or cores
+    elif options.library == PEER:
         mine = [next(core for core in cores if _claimed(options.claims, f"core {core}"))]
-    elif measures:
+    else:
         mine = cores[-1:]
     os.sched_setaffinity(0, mine)
 

@@ -229,17 +229,17 @@ def test_what_is_measured_has_a_core_of_its_own(cores, ours, peers, others, monk
     taken = []
     monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda _: cores)
     monkeypatch.setattr(gpu.os, "sched_setaffinity", lambda _, some: taken.append(set(some)))
-    options = argparse.Namespace(library="ours", claims=None)
-    gpu._take_cores(options, measures=True)
-    gpu._take_cores(options, measures=False)
-    options = argparse.Namespace(library=gpu.PEER, claims=tmp_path)
+    measures = {"first_call": False, "compile": False, "claims": tmp_path}
+    gpu._take_cores(argparse.Namespace(library="ours", **measures))
+    for other in ("first_call", "compile"):
+        gpu._take_cores(argparse.Namespace(library="ours", **measures | {other: True}))
     for _ in peers:
-        gpu._take_cores(options, measures=True)
-    assert taken == [ours, others, *({core} for core in peers)]
+        gpu._take_cores(argparse.Namespace(library=gpu.PEER, **measures))
+    assert taken == [ours, others, others, *({core} for core in peers)]
 
 
 def test_a_row_is_measured_by_the_process_that_claims_it(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu, "_take_cores", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "_take_cores", lambda options: None)
     rows = [suite.Row(name, (None, None)) for name in ("first", "second", "third")]
     some = suite.Suite("some", rows, {"ours": lambda row: {"forward": 1.0}})
     command = {"library": "ours", "rows": "", "first_call": False, "compile": False}

@@ -37,7 +37,6 @@ helpers = "slots", "activations", "halving", "hopper_tiles", "hopper_intra", "ho
 names = "common.kernels", "common.hopper", *(f"kda.{name}" for name in helpers), *stages
 with (
     mock.patch.object(emulated_gluon, "_modules", lambda: modules),
-    mock.patch.object(portable, "Call", portable.Call),
     emulated_gluon.emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as loaded,
 ):
     within, across, hopper = loaded[-3:]

@@ -397,7 +397,7 @@ def hopper_gradients_kernel(
 
 
 def run_gradients(call, dg, dq, dk) -> None:
-    """``triton.Call.within`` for Hopper."""
+    """``launches.Call.within`` for Hopper."""
     launch(
         hopper_gradients_kernel,
         call.slots * call.HV * (call.BK // CHANNELS.value),

@@ -276,14 +276,11 @@ def hopper_halving_kernel(
 
 
 def run_halving(call) -> None:
-    """``triton.Call.halve`` for Hopper."""
+    """``launches.Call.halve`` for Hopper."""
     launch(
         hopper_halving_kernel,
         call.slots * call.HV,
-        (
-            call.q, call.k, call.g, call.A_log, call.dt_bias, call.cu_seqlens, call.factors,
-            call.near, call.queries, call.solver,
-        ),
+        call.into_halving(),
         (call.options.scale, call.lower_bound, call.T, call.rows),
         {
             "H": call.H, "HV": call.HV, "K": call.K, "GATE": call.options.gate,

@@ -334,15 +334,11 @@ def hopper_intra_kernel(
 
 
 def run_intra(call, pairs: bool) -> None:
-    """Launch ``hopper_intra_kernel`` for a ``triton.Call``."""
+    """Launch ``hopper_intra_kernel`` for a ``launches.Call``."""
     launch(
         hopper_intra_kernel,
         call.slots * call.HV,
-        (
-            call.q, call.k, call.g, call.beta, call.A_log, call.dt_bias, call.cu_seqlens,
-            call.q_in, call.k_in, call.k_out, call.decay, call.betas, call.factors, call.near,
-            call.pairs if pairs else None,
-        ),
+        (*call.into_operands(), call.pairs if pairs else None),
         (call.options.scale, call.lower_bound, call.T, call.rows),
         {
             "H": call.H, "HV": call.HV, "K": call.K, **call.beta_flags,

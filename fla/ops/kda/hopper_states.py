@@ -153,7 +153,7 @@ def hopper_states_kernel(
 
 
 def run_states(call, do, dv, dbeta) -> None:
-    """``triton.Call.across`` for Hopper; pairs' gradients are lower triangles."""
+    """``launches.Call.across`` for Hopper; pairs' gradients are lower triangles."""
     launch(
         hopper_states_kernel,
         call.slots * call.HV,

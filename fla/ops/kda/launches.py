@@ -187,11 +187,7 @@ class Call:
         launch(
             intra_kernel,
             self.slots * self.HV,
-            (
-                self.q, self.k, self.g, self.beta, self.A_log, self.dt_bias, self.cu_seqlens,
-                self.q_in, self.k_in, self.k_out, self.decay, self.betas, self.factors, self.near,
-                *((self.queries, self.solver) if pairs else (None, None)),
-            ),
+            (*self.into_operands(), *((self.queries, self.solver) if pairs else (None, None))),
             (self.options.scale, self.lower_bound, self.T, self.rows),
             {
                 "H": self.H, "HV": self.HV, "K": self.K, **self.common, **self.beta_flags,
@@ -200,15 +196,26 @@ class Call:
             },
         )  # fmt: skip
 
+    def into_operands(self):
+        """Operands of ``intra_kernel``, and its results but for pairs."""
+        return (
+            self.q, self.k, self.g, self.beta, self.A_log, self.dt_bias, self.cu_seqlens,
+            self.q_in, self.k_in, self.k_out, self.decay, self.betas, self.factors, self.near,
+        )  # fmt: skip
+
+    def into_halving(self):
+        """Operands of ``halving_kernel``, and its results."""
+        return (
+            self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens,
+            self.factors, self.near, self.queries, self.solver,
+        )  # fmt: skip
+
     def halve(self) -> None:
         """M and A of rows too steep for the anchor of their block."""
         launch(
             halving_kernel,
             self.slots * self.HV,
-            (
-                self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens,
-                self.factors, self.near, self.queries, self.solver,
-            ),
+            self.into_halving(),
             (self.options.scale, self.lower_bound, self.T, self.rows),
             {
                 "H": self.H, "HV": self.HV, "K": self.K, **self.common,
