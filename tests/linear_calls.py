@@ -59,6 +59,7 @@ _HOPPER_CALLS = (
     ("fused_recurrent_simple_gla", "reverse, head gate, v first"),
     ("chunk_lightning_attn", "state"),
     ("fused_recurrent_lightning_attn", "reverse"),
+    ("fused_recurrent_simple_gla", "reverse"),
 )
 _HOPPER_LENGTHS = ((1,), (63,), (64,), (65,), (1000,), _PACKED, (0, 0, 64, 128, 64))
 _HOPPER_SIZES = ((128, 128), (64, 64), (64, 128), (128, 64), (256, 512))

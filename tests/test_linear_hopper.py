@@ -87,17 +87,25 @@ def test_rows_of_tiles_are_aligned():
     assert descriptor(x, 64, 128).strides == [64 * 128, 128, 128, 1]
 
 
-def call(T=1024, K=128, V=128, gate="token", packed=False, states=False, dtype=torch.bfloat16):
-    """Forward and backward, on tensors of zeros that are there to be launched with."""
-    H = 2
+def call(
+    T=1024, K=128, V=128, gate="token", packed=False, states=False, reverse=False, many=1
+):  # fmt: skip
+    """Forward and backward, on tensors of zeros that are there to be launched with.
+
+    With ``many`` multiprocessors, in segments.
+    """
+    H, dtype = 2, torch.bfloat16
     q, k, v = (torch.zeros(1, T, H, size, dtype=dtype) for size in (K, K, V))
     g = torch.zeros(1, T, H) if gate == "token" else None
     g_gamma = torch.zeros(H) if gate == "head" else None
     cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
     kv = torch.zeros(1, H, K, V) if states else None
     arguments = q, k, v, g, g_gamma, kv, None, cu_seqlens
-    options = Options(1.0, output_final_state=states)
-    with mock.patch.object(hopper, "SMALLEST", 1):
+    options = Options(1.0, output_final_state=states, reverse=reverse)
+    with (
+        mock.patch.object(hopper, "SMALLEST", 1),
+        mock.patch.object(blocks, "multiprocessors", lambda device: many),
+    ):
         hopper.forward(*arguments, options)
         hopper.backward(v, kv, None, *arguments, None, None, options)
 
@@ -110,6 +118,8 @@ def call(T=1024, K=128, V=128, gate="token", packed=False, states=False, dtype=t
         ((64, 64), {"gate": "token", "packed": True}),
         ((64, 64), {"gate": None, "states": True}),
         ((256, 512), {"gate": "token"}),
+        ((128, 64), {"gate": "token", "reverse": True}),
+        ((64, 128), {"gate": "token", "many": 132}),
     ],
 )
 def test_compiles(sizes, more, tmp_path):

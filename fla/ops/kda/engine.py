@@ -101,8 +101,8 @@ def delta_engine(
     if not options.gate:
         A_log = dt_bias = None
     operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu
-    _check(*operands, _to_check(options))
-    o, final_state, h, _ = _forward(*operands, *_scaled(options, q.shape[-1]))
+    options = _checked(*operands, options)
+    o, final_state, h, _ = _forward(*operands, *options)
     return (
         o,
         final_state if options.output_final_state else None,
@@ -130,8 +130,8 @@ def delta_serve(
     if not options.gate:
         A_log = dt_bias = None
     operands = q, k, v, g, beta, A_log, dt_bias
-    state_shape = _check_serving(
-        *operands, initial_state, cu_seqlens, indices, accepted, out, inplace, _to_check(options)
+    state_shape, options = _checked_serving(
+        *operands, initial_state, cu_seqlens, indices, accepted, out, inplace, options
     )
     with torch.no_grad():
         written = initial_state
@@ -141,39 +141,28 @@ def delta_serve(
                 written.copy_(initial_state)
         out = v.new_empty(v.shape) if out is None else out
         others = written, out, cu_seqlens, indices, accepted
-        _serve(*operands, *others, *_scaled(options, q.shape[-1]))
+        _serve(*operands, *others, *options)
     return out, written if inplace or options.output_final_state else None
 
 
-def _to_check(options: Options) -> Options:
-    """The options that a check looks at; of a lower bound it is enough that there is one."""
-    return Options(
-        chunk_size=options.chunk_size,
-        gate=options.gate,
-        lower_bound=None if options.lower_bound is None else 0.0,
-        beta_sigmoid=options.beta_sigmoid,
-        neg_eigval=options.neg_eigval,
-        state_v_first=options.state_v_first,
-    )
-
-
 @once
-def _check(
+def _checked(
     q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, options: Options
-) -> None:
-    """What a call wants of its arguments."""
+) -> Options:
+    """What a call wants of its arguments; its options with their numbers."""
     sizes = _sizes(q, k, v, g, beta, A_log, dt_bias, options)
     sizes["N"] = contract.number_of_sequences(q, cu_seqlens, cu_seqlens_cpu)
     state = (initial_state, f"?N HV {_tail(options)}")
     contract.operands(sizes, ("q", q), initial_state=state)
+    return _with_numbers(options, sizes["K"])
 
 
 @once
-def _check_serving(
+def _checked_serving(
     q, k, v, g, beta, A_log, dt_bias,
     initial_state, cu_seqlens, indices, accepted, out, inplace: bool, options: Options,
-) -> tuple[int, ...]:  # fmt: skip
-    """What a serving step wants of its arguments; the shape of its sequences' states."""
+) -> tuple[tuple[int, ...], Options]:  # fmt: skip
+    """What a serving step wants of its arguments; the shape of its sequences' states; options."""
     sizes = _sizes(q, k, v, g, beta, A_log, dt_bias, options)
     sizes["N"] = contract.number_of_sequences(q, cu_seqlens)
     _check_slots(sizes["N"], q.device, indices, accepted, inplace)
@@ -182,7 +171,8 @@ def _check_serving(
     rows = "N" if indices is None else "slots"
     state = (initial_state, f"?{rows} HV {_tail(options)}")
     contract.operands(sizes, ("q", q), initial_state=state, out=(out, "?B T HV V"))
-    return tuple(sizes[letter] for letter in ("N", "HV", *_tail(options).split()))
+    shape = tuple(sizes[letter] for letter in ("N", "HV", *_tail(options).split()))
+    return shape, _with_numbers(options, sizes["K"])
 
 
 def _sizes(q, k, v, g, beta, A_log, dt_bias, options: Options) -> dict[str, int]:
@@ -267,10 +257,9 @@ def _tail(options: Options) -> str:
     return "V K" if options.state_v_first else "K V"
 
 
-def _scaled(options: Options, K: int) -> tuple:
-    scale, chunk_size, qk_l2norm, gate, lower_bound, *others = options
-    scale = contract.scale_or_default(scale, K)
-    return scale, chunk_size, qk_l2norm, gate, bound(lower_bound), *others
+def _with_numbers(options: Options, K: int) -> Options:
+    scale = contract.scale_or_default(options.scale, K)
+    return options._replace(scale=scale, lower_bound=bound(options.lower_bound))
 
 
 def _known(h: Tensor, cu_seqlens, cu_seqlens_cpu, options: Options) -> Tensor:

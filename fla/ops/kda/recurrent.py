@@ -120,7 +120,7 @@ def recurrent_kernel(
 
 def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options):
     """Return o [B, T, HV, V], the final state, and nothing in place of states before chunks."""
-    o = v.new_empty(v.shape)
+    o = v.new_empty(*v.shape)
     final = None
     if options.output_final_state:
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
