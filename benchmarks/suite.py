@@ -119,13 +119,17 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor], most: float = 0.0
 
 
 def extra_memory(run: Callable[[], Any]) -> int:
-    """The most bytes that ``run`` takes beside what was there before, its results included."""
-    run()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() - before
+    """The most bytes that ``run`` takes beside what was there before, its results included.
+
+    In this thread: one of autograd's own may hold the results of a run before.
+    """
+    with torch.autograd.set_multithreading_enabled(False):
+        run()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
 
 
 def wall_clock(run: Callable[[], Any], calls: int = 200) -> float:

@@ -67,9 +67,9 @@ def test_kernels_never_import_faces():
             assert not {name for name in starting(names, "fla.ops") if is_public(name)}, path
 
 
-def test_operators_launch_in_one_way():
-    """Which leaves launches out while a call gathers the kernels that it lacks."""
-    for path in (ROOT / "ops").rglob("*.py"):
+def test_kernels_are_launched_in_one_way():
+    """Which leaves launches out while a call gathers those that it lacks, and finds their GPU."""
+    for path in ROOT.rglob("*.py"):
         launched = {
             ast.unparse(node.func.value)
             for node in ast.walk(ast.parse(path.read_text()))

@@ -1,6 +1,6 @@
-"""What every public function is tested, checked and timed by: one ``OpSpec`` each.
+"""What every public function is tested and checked by: one ``OpSpec`` each.
 
-``all_specs()`` lists them; the test suite, ``fla check`` and the benchmarks walk that list.
+``all_specs()`` lists them; the test suite and ``fla check`` walk that list.
 """
 
 from fla.testing.spec import OpSpec, Shape, all_specs

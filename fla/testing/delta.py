@@ -118,13 +118,6 @@ def gate_operands(shape: Shape, draw: Draw) -> Arguments:
     }
 
 
-def flops(shape: Shape, chunk: int = 64) -> float:
-    """Pairs of keys and of queries with keys, the inverse, and five products with values."""
-    tokens = shape.B * shape.T * shape.H * shape.group
-    pairs = chunk * (2 * shape.K + 2 * shape.V) + chunk * chunk / 3
-    return tokens * (pairs + 6 * shape.K * shape.V)
-
-
 _GRADIENTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 _spec = functools.partial(
     OpSpec,
@@ -133,7 +126,6 @@ _spec = functools.partial(
     gradients=_GRADIENTS,
     grouped=True,
     fp32_bound=1e-4,
-    flops=flops,
 )
 _VARIANTS = {
     "plain": {},

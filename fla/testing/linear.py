@@ -108,13 +108,7 @@ def _parallel_reference(q, k, v, g=None, scale=None, output_attentions=False):
     return o, A.detach() if output_attentions else None
 
 
-def flops(shape: Shape, chunk: int = 64) -> float:
-    """Pairs inside chunks of 64, and the state written and read once a token."""
-    tokens = shape.B * shape.T * shape.H
-    return tokens * (chunk * (shape.K + shape.V) + 4 * shape.K * shape.V)
-
-
-_spec = functools.partial(OpSpec, inputs=qkv, flops=flops)
+_spec = functools.partial(OpSpec, inputs=qkv)
 _gated = functools.partial(
     _spec, reference=_reference, gradients=("q", "k", "v", "g", "initial_state")
 )

@@ -54,12 +54,6 @@ def _reference(
     return naive_parallel_attn(q, k, v, scale, window_size, g=g, sink_bias=sink_bias)[0]
 
 
-def flops(shape: Shape) -> float:
-    """Both products for half of all pairs."""
-    pairs = sum(T * T / 2 for T in shape.lengths or [shape.T] * shape.B)
-    return 2 * pairs * shape.H * shape.group * (shape.K + shape.V)
-
-
 _spec = functools.partial(OpSpec, state=False, grouped=True)
 _GATED = {
     "gate": gate,
@@ -83,7 +77,6 @@ SPECS = [
             "sink": sink,
             "gate, window, sink": both(gate, sink, window_size=70),
         },
-        flops=flops,
     ),
     _spec(
         name="parallel_forgetting_attn",
@@ -92,7 +85,6 @@ SPECS = [
         inputs=qkv,
         gradients=("q", "k", "v", "g"),
         variants=_GATED,
-        flops=flops,
     ),
     _spec(
         name="attn_decoding_one_step",

@@ -52,7 +52,7 @@ Draw = Callable[..., Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class OpSpec:
-    """A public function and all that generic tests, checks and benchmarks need of it.
+    """A public function and all that generic tests and checks need of it.
 
     ``inputs(shape, draw)`` makes its keyword arguments in fp64, ``draw(*size)`` being normal;
     ``variants`` are further arguments, or functions of (shape, draw) that make them.  ``reference``
@@ -70,7 +70,6 @@ class OpSpec:
     grouped: bool = False  # heads may be grouped
     along_tokens: bool = True  # takes q, k and v of the same tokens and returns one o for each
     fp32_bound: float = 1e-5  # of the error against fp64
-    flops: Callable[[Shape], float] | None = None  # of a forward call
 
     def __str__(self) -> str:
         return self.name

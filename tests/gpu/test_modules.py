@@ -104,6 +104,22 @@ def test_convolutions(lengths, D, W, dtype):
     )
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")
+def test_on_a_gpu_that_is_not_the_current_one():
+    norm, conv = RMSNorm(64), ShortConvolution(64, 4)
+    x = draw(1, 300, 64).float()
+
+    def run(device):
+        return results(
+            torch.nn.ModuleList([norm, conv]).to(device),
+            lambda m, x: [l2norm(m[0](m[1](x)[0]))],
+            {"x": x.detach().to(device)},
+        )
+
+    for one, other in zip(run("cuda:0"), run("cuda:1"), strict=True):
+        assert torch.equal(one.cpu(), other.cpu())
+
+
 @sanitizer.needed
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_kernels_keep_to_their_memory(tool):

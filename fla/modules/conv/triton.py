@@ -14,6 +14,7 @@ from torch import Tensor
 from fla.modules.conv.engine import Options
 from fla.ops.common.boundary import absent
 from fla.ops.common.kernels import cdiv, dense, multiprocessors, power_of_two
+from fla.ops.common.launch import launch
 
 BLOCK_D = 256  # channels of a program, four in each thread
 WALKS = 16  # programs for each multiprocessor
@@ -332,19 +333,18 @@ def forward(
     cu_seqlens: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    N, across, sizes, shape = _shape(x, weight, cu_seqlens)
+    N, programs, across, numbers, constants = _shape(x, weight, cu_seqlens)
     y, final = torch.empty_like(x, memory_format=torch.contiguous_format), None
     if options.output_final_state:
         final = x.new_empty(N, *weight.shape)
-    grid = (sizes["programs"] + (0 if final is None else N), across)
+    grid = programs + (0 if final is None else N), across
     if all(grid):
-        forward_kernel[grid](
-            *dense(x, weight, bias, residual, cache, cu_seqlens),
-            y,
-            final,
-            **sizes,
-            **shape,
-            SILU=options.silu,
+        launch(
+            forward_kernel,
+            grid,
+            (*dense(x, weight, bias, residual, cache, cu_seqlens), y, final),
+            numbers,
+            constants | {"SILU": options.silu},
         )
     return y, absent(x) if final is None else final
 
@@ -359,26 +359,22 @@ def backward(
     cu_seqlens: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    N, across, sizes, shape = _shape(x, weight, cu_seqlens)
+    N, programs, across, numbers, constants = _shape(x, weight, cu_seqlens)
     D, W = weight.shape
-    programs = sizes["programs"]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweights = x.new_empty(programs, W, D, dtype=torch.float32)
     dbiases = None if bias is None else x.new_empty(programs, D, dtype=torch.float32)
     dcache = None
     if cache is not None:
         dcache = torch.empty_like(cache, memory_format=torch.contiguous_format)
-    grid = (programs + (0 if cache is None else N), across)
+    grid = programs + (0 if cache is None else N), across
     if all(grid):
-        backward_kernel[grid](
-            *dense(dy, dfinal, x, weight, bias, cache, cu_seqlens),
-            dx,
-            dweights,
-            dbiases,
-            dcache,
-            **sizes,
-            **shape,
-            SILU=options.silu,
+        launch(
+            backward_kernel,
+            grid,
+            (*dense(dy, dfinal, x, weight, bias, cache, cu_seqlens), dx, dweights, dbiases, dcache),
+            numbers,
+            constants | {"SILU": options.silu},
         )
     return (
         dx,
@@ -389,20 +385,15 @@ def backward(
 
 
 def _shape(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None):
-    """N, programs across the channels, sizes that vary, and those that a kernel is compiled for."""
+    """N, programs along the tokens and across the channels, a kernel's numbers and constants."""
     B, T, D = x.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     BD = min(power_of_two(D), BLOCK_D)
     across = cdiv(D, BD)
     most = max(WALKS * multiprocessors(x.device) // max(across, 1), 1)
     stretch = max(cdiv(B * T, most), SHORTEST)
-    sizes = {
-        "tokens": B * T,
-        "N": N,
-        "T": T,
-        "programs": cdiv(B * T, stretch),
-        "stretch": stretch,
-        "steps": N.bit_length(),  # of a binary search for a token's sequence
-    }
-    shape = {"D": D, "W": weight.shape[1], "BD": BD, "AHEAD": AHEAD}
-    return N, across, sizes, shape | {"num_warps": max(BD // 128, 1)}
+    programs = cdiv(B * T, stretch)
+    steps = N.bit_length()  # of a binary search for a token's sequence
+    numbers = B * T, N, T, programs, stretch, steps
+    constants = {"D": D, "W": weight.shape[1], "BD": BD, "AHEAD": AHEAD}
+    return N, programs, across, numbers, constants | {"num_warps": max(BD // 128, 1)}

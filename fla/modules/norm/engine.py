@@ -72,7 +72,7 @@ def norm_engine(
         weight,
         g,
         residual,
-        eps,
+        contract.number("eps", eps),
         mean,
         ACTIVATIONS[activation],
         x.dtype if output_dtype is None else output_dtype,

@@ -10,6 +10,7 @@ from torch import Tensor
 from fla.modules.norm.engine import Options, scale_of
 from fla.ops.common.boundary import absent
 from fla.ops.common.kernels import cdiv, dense, multiprocessors, power_of_two
+from fla.ops.common.launch import launch
 
 BLOCK = 4096  # elements of a program's rows, more only where one row has more
 PROGRAMS = 4  # of the backward for each multiprocessor; each has a share of the weight's gradient
@@ -126,15 +127,12 @@ def forward(
         h = torch.empty(x.shape, device=x.device, dtype=options.sum_dtype)
     if x.numel():
         rows, blocks, shape = _shape(x)
-        forward_kernel[(blocks,)](
-            *dense(x, weight, g, residual),
-            y,
-            h,
-            rows,
-            scale_of(x, options),
-            options.eps,
-            **shape,
-            SWISH=options.activation == "swish",
+        launch(
+            forward_kernel,
+            blocks,
+            (*dense(x, weight, g, residual), y, h),
+            (rows, scale_of(x, options), options.eps),
+            shape | {"SWISH": options.activation == "swish"},
         )
     return y, absent(x) if h is None else h
 
@@ -155,16 +153,12 @@ def backward(
     if weight is not None:
         dweights = h.new_empty(programs, h.shape[-1], dtype=torch.float32)
     if h.numel():
-        backward_kernel[(programs,)](
-            *dense(dy, dh, h, weight, g),
-            dx,
-            dg,
-            dweights,
-            rows,
-            scale_of(h, options),
-            options.eps,
-            **shape,
-            SWISH=options.activation == "swish",
+        launch(
+            backward_kernel,
+            programs,
+            (*dense(dy, dh, h, weight, g), dx, dg, dweights),
+            (rows, scale_of(h, options), options.eps),
+            shape | {"SWISH": options.activation == "swish"},
         )
     if weight is None or dweights is None:
         return dx, absent(h), dg

@@ -19,8 +19,8 @@ from fla.ops.attn.backward_keys import LINES as KEY_LINES
 from fla.ops.attn.backward_keys import keys_kernel
 from fla.ops.attn.backward_queries import LINES as QUERY_LINES
 from fla.ops.attn.backward_queries import queries_kernel
-from fla.ops.attn.blocks import SPAN, Call, first_slot, own
-from fla.ops.common.kernels import cdiv
+from fla.ops.attn.blocks import SPAN, Call, own
+from fla.ops.common.kernels import cdiv, first_slot
 from fla.ops.common.launch import launch
 
 # Heads of a program that sums a gate's gradient: it writes them side by side.
@@ -53,14 +53,14 @@ def gate_kernel(
     m_h = o_h < HQ
     o_t = i_b * BN + tl.arange(0, BN)
     m_t = o_t < length
-    slot = first_slot(cu_seqlens, bos, n, T, BN)
+    slot = first_slot(cu_seqlens, n, bos, T, BN)
     b_later = tl.zeros([BH], tl.float64)
     for at in range(i_b + 1, tl.cdiv(length, BN), 64):
         o_b = at + tl.arange(0, 64)
         m = m_h[:, None] & (o_b < tl.cdiv(length, BN))[None, :]
         b_sums = tl.load(dgate_sum + o_h[:, None] * blocks + slot + o_b[None, :], mask=m, other=0.0)
         b_later += tl.sum(b_sums.to(tl.float64), 1)
-    at = (o_h * intervals + first_slot(cu_seqlens, bos, n, T, SPAN)).to(tl.int64) * SPAN
+    at = (o_h * intervals + first_slot(cu_seqlens, n, bos, T, SPAN)).to(tl.int64) * SPAN
     b_dgate = tl.load(dgate + at[:, None] + o_t[None, :], mask=m_h[:, None], other=0.0)  # [BH, BN]
     b_dg = tl.cumsum(b_dgate.to(tl.float64), 1, reverse=True) + b_later[:, None]
     p_dg = dg + (bos.to(tl.int64) + o_t)[:, None] * HQ + o_h[None, :]

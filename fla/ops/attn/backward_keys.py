@@ -8,7 +8,6 @@ import triton.language as tl
 from fla.ops.attn.blocks import (
     SPAN,
     Line,
-    first_slot,
     gate_marks,
     gate_sums,
     gates_within,
@@ -17,7 +16,7 @@ from fla.ops.attn.blocks import (
     sees,
     tile,
 )
-from fla.ops.common.kernels import LOG2E, SEARCH, product
+from fla.ops.common.kernels import LOG2E, SEARCH, first_slot, product
 
 # A program holds k, v, dk and dv and has the fewest registers to spare.  BM is at most that of the
 # queries' kernel, which fills the rows that a block of queries reads.
@@ -200,7 +199,7 @@ def keys_kernel(
         end = tl.maximum(tl.minimum(end, i_k + BN - 1 + window), near)
         full = tl.minimum(full, (i_k + window) // BM * BM)
     full = tl.maximum(full, middle)
-    slot = first_slot(cu_seqlens, bos, n, T, SPAN)
+    slot = first_slot(cu_seqlens, n, bos, T, SPAN)
     b_dk = tl.zeros([BN, BK], tl.float32)
     b_dv = tl.zeros([BN, BV], tl.float32)
     for i_g in range(G):
@@ -262,7 +261,7 @@ def keys_kernel(
             # keys behind the end have no sums, but nobody else may have written there
             b_dgate = tl.where(m_j, tl.load(dgate + span + o_j) - b_column_sum, 0.0)
             tl.store(dgate + span + o_j, b_dgate)
-            mine = first_slot(cu_seqlens, bos, n, T, BN) + i_b
+            mine = first_slot(cu_seqlens, n, bos, T, BN) + i_b
             tl.store(dgate_sum + i_hq * blocks + mine, tl.sum(b_dgate, 0))
     put_tile(dk + k_at, b_dk * (scale / LOG2E), o_n, o_j < length, H * K, K, BK)
     put_tile(dv + v_at, b_dv, o_n, o_j < length, H * V, V, BV)

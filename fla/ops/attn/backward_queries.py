@@ -10,7 +10,6 @@ from fla.ops.attn.blocks import (
     Line,
     along_time,
     first_interval_needed,
-    first_slot,
     gate_marks,
     gate_sums,
     gates_within,
@@ -21,7 +20,7 @@ from fla.ops.attn.blocks import (
     tile,
 )
 from fla.ops.attn.forward import key_blocks
-from fla.ops.common.kernels import LOG2E, product
+from fla.ops.common.kernels import LOG2E, first_slot, product
 
 # A program holds q, do and dq.
 LINES = (
@@ -169,7 +168,7 @@ def queries_kernel(
     b_o = tile(o + v_at, o_m, m_i, H * G * V, V, BV)
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
     b_lse = tl.load(lse + at + o_i, mask=m_i, other=float("inf")) * LOG2E
-    slot = first_slot(cu_seqlens, bos, n, T, SPAN)
+    slot = first_slot(cu_seqlens, n, bos, T, SPAN)
     span = (i_h * intervals + slot).to(tl.int64) * SPAN
     plane = (H * G * intervals).to(tl.int64) * SPAN
     p_rows = rows + span + o_i

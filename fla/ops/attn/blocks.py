@@ -24,6 +24,7 @@ from fla.ops.common.kernels import (
     LOG2E,
     SEARCH,
     cdiv,
+    first_slot,
     power_of_two,
     sequence,
     sequence_at,
@@ -180,14 +181,6 @@ def along_time(cu_seqlens, bos, i_h, T, HEADS: tl.constexpr):
 
 
 @triton.jit
-def first_slot(cu_seqlens, bos, n, T, BLOCK):
-    """The number of a sequence's first block among those of all sequences."""
-    if cu_seqlens is None:
-        return n * tl.cdiv(T, BLOCK)
-    return bos // BLOCK + n
-
-
-@triton.jit
 def tile(p, o_r, m_r, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Rows o_r of p as [rows, BD]: zero beyond their D elements and where m_r does not hold."""
     o_d = tl.arange(0, BD)
@@ -322,7 +315,7 @@ def gates_kernel(
     b_since = b_sum.to(tl.float32)
     b_until = (b_total[None, :] - b_sum).to(tl.float32)
 
-    slot = first_slot(cu_seqlens, bos, n, T, SPAN) + i_b
+    slot = first_slot(cu_seqlens, n, bos, T, SPAN) + i_b
     o_h = i_h * G + o_g
     p_since, p_rest, p_until = gate_sums(sums, o_h[None, :], slot, intervals, H * G)
     tl.store(p_since + o_t[:, None], b_since, mask=m_g[None, :])

@@ -14,7 +14,6 @@ from fla.ops.attn.blocks import (
     Line,
     along_time,
     first_interval_needed,
-    first_slot,
     gate_marks,
     gate_sums,
     gates_within,
@@ -24,7 +23,7 @@ from fla.ops.attn.blocks import (
     sees,
     tile,
 )
-from fla.ops.common.kernels import LOG2E, product
+from fla.ops.common.kernels import LOG2E, first_slot, product
 from fla.ops.common.launch import launch
 
 # 128 queries on two warpgroups let K and V pass half as often as 64 would.  Blocks shrink as heads
@@ -195,7 +194,7 @@ def forward_kernel(
     p_until = None
     p_total = None
     if sums is not None:
-        slot = first_slot(cu_seqlens, bos, n, T, SPAN)
+        slot = first_slot(cu_seqlens, n, bos, T, SPAN)
         p_since, p_rest, p_until = gate_sums(sums, i_h, slot, intervals, H * G)
         p_total, p_rise, p_norm = gate_marks(marks, i_h, i_h // G, slot, intervals, H * G)
         b_since = tl.load(p_since + o_i)

@@ -22,7 +22,6 @@ from fla.ops.attn.blocks import (
     along_time,
     first_interval_needed,
     first_interval_seen,
-    first_slot,
     gate_marks,
     gate_sums,
     gates,
@@ -36,7 +35,7 @@ from fla.ops.attn.hopper_keys import hopper_backward_kernel
 from fla.ops.attn.hopper_steps import KEYS, ROWS
 from fla.ops.common.boundary import absent
 from fla.ops.common.hopper import descriptor
-from fla.ops.common.kernels import LOG2E, SEARCH, cdiv, dense
+from fla.ops.common.kernels import LOG2E, SEARCH, cdiv, dense, first_slot
 from fla.ops.common.launch import launch
 
 HEAD = 128
@@ -73,7 +72,7 @@ def rows_kernel(
     i_h, n, i_s, bos, _length, live = own(cu_seqlens, tl.program_id(0), N, T, H * G, BM, False)
     if i_s * BM >= live:
         return
-    slot = first_slot(cu_seqlens, bos, n, T, SPAN)
+    slot = first_slot(cu_seqlens, n, bos, T, SPAN)
     block = (i_h * intervals + slot) * (SPAN // BM) + i_s
     o_m = tl.arange(0, BM)
     o_i = i_s * BM + o_m
@@ -149,7 +148,7 @@ def dq_kernel(
     i_h, n, i_s, bos, length, live = own(cu_seqlens, tl.program_id(0), N, T, H * G, BM, True)
     if i_s * BM >= length:
         return
-    block = (i_h * intervals + first_slot(cu_seqlens, bos, n, T, SPAN)) * (SPAN // BM) + i_s
+    block = (i_h * intervals + first_slot(cu_seqlens, n, bos, T, SPAN)) * (SPAN // BM) + i_s
     p_sums = sums + block.to(tl.int64) * (BM * D)
     b_dq = tl.load(p_sums + tl.arange(0, BM * D), mask=live > 0, other=0.0)
     W: tl.constexpr = D // 2
@@ -168,7 +167,7 @@ def dq_kernel(
         b_row = tl.load(row_sums + at, mask=live > 0, other=0.0)
         b_row -= tl.load(column_sums + at, mask=live > 0, other=0.0)
         tl.store(row_sums + at, b_row)
-        p_sum = dgate_sum + i_h * blocks + first_slot(cu_seqlens, bos, n, T, BM) + i_s
+        p_sum = dgate_sum + i_h * blocks + first_slot(cu_seqlens, n, bos, T, BM) + i_s
         tl.store(p_sum, tl.sum(b_row, 0))
 
 

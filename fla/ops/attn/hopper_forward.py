@@ -22,7 +22,6 @@ from fla.ops.attn.blocks import (
     Call,
     along_time,
     first_interval_needed,
-    first_slot,
     gate_marks,
     gate_sums,
     gates,
@@ -50,6 +49,7 @@ from fla.ops.common.kernels import (
     SEARCH,
     cdiv,
     dense,
+    first_slot,
     multiprocessors,
     power_of_two,
     sequence,
@@ -70,9 +70,11 @@ PRODUCER_REGISTERS = gl.constexpr(40)
 
 def forward(q, k, v, g, sink_bias, cu_seqlens, options):
     """Return o [B, T, HQ, V] and lse [B, HQ, T]."""
+    if not pays(q, v, g, cu_seqlens):
+        return portable.forward(q, k, v, g, sink_bias, cu_seqlens, options)
     signed, scale = portable.rising(q, options.scale)
     tensors = dense(signed, k, v)
-    if not pays(q, v, g, cu_seqlens) or any(x.data_ptr() % 16 for x in tensors):
+    if any(x.data_ptr() % 16 for x in tensors):
         return portable.forward(q, k, v, g, sink_bias, cu_seqlens, options)
     q, k, v = tensors
     g, sink_bias, cu_seqlens = dense(g, sink_bias, cu_seqlens)
@@ -110,7 +112,7 @@ def needed_kernel(
     b_q = tile(q + row * (H * G * K) + i_h * K, o_t, m_t, H * G * K, K, BK)  # [SPAN, BK]
     b_k = tile(k + row * (H * K) + i_kh * K, o_t, m_t, H * K, K, BK)  # [SPAN, BK]
     b_own = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1) * scale
-    slot = first_slot(cu_seqlens, bos, n, T, SPAN)
+    slot = first_slot(cu_seqlens, n, bos, T, SPAN)
     p_since, _, _ = gate_sums(sums, i_h, slot + i_b, intervals, H * G)
     reach = tl.max(tl.where(m_t, tl.load(p_since + o_t) - b_own, float("-inf")), 0)
     p_total, p_rise, p_norm = gate_marks(marks, i_h, i_kh, slot, intervals, H * G)
@@ -174,7 +176,7 @@ def produce(
         i_h, i_n, i_b, bos, length, live = tile_at(turn, cu_seqlens, N, T, HQ)
         if i_b * BLOCK < length:
             row, start = place_of(cu_seqlens, i_n, bos)
-            slot = first_slot(cu_seqlens, bos, i_n, T, BLOCK)
+            slot = first_slot(cu_seqlens, i_n, bos, T, BLOCK)
             low, _, last = key_blocks(i_b, live, window, needed, i_h * intervals + slot)
             first = start + i_b * BLOCK
             q_0.fill(q_desc, [row, first, i_h, 0], m)
@@ -293,7 +295,7 @@ def consume(
         i_h, i_n, i_b, bos, length, live = tile_at(turn, cu_seqlens, N, T, HQ)
         i_q = i_b * BLOCK
         if i_q < length:
-            slot = first_slot(cu_seqlens, bos, i_n, T, BLOCK)
+            slot = first_slot(cu_seqlens, i_n, bos, T, BLOCK)
             low, full, last = key_blocks(i_b, live, window, needed, i_h * intervals + slot)
             o_i = i_q + i_w * ROWS + gl.arange(0, ROWS, ROW)
             q_ring.wait(m)

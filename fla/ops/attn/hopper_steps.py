@@ -9,9 +9,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
-from fla.ops.attn.blocks import SPAN, first_interval_seen, first_slot, place_of
+from fla.ops.attn.blocks import SPAN, first_interval_seen, place_of
 from fla.ops.common.hopper import along, arrive, wait_before, wait_for
-from fla.ops.common.kernels import SEARCH, sequence, sequence_at
+from fla.ops.common.kernels import SEARCH, first_slot, sequence, sequence_at
 
 # A step is 64 queries of a head that meet 128 keys, an interval of gates.
 ROWS = gl.constexpr(64)
@@ -144,7 +144,7 @@ def new_steps(tile, latest, cu_seqlens, window, N, T, intervals, H: gl.constexpr
         n = sequence_at(cu_seqlens, j, N, KEYS, gl.arange(0, SEARCH, along(gl.num_warps())))
         j -= n + gl.load(cu_seqlens + n).to(gl.int32) // KEYS
     bos, _, live = sequence(cu_seqlens, n, N, T, T)
-    slot = first_slot(cu_seqlens, bos, n, T, KEYS)
+    slot = first_slot(cu_seqlens, n, bos, T, KEYS)
     row, bos = place_of(cu_seqlens, n, bos)
     last = gl.cdiv(live, ROWS) - 1
     top = gl.minimum((j + 1) * (KEYS // ROWS) - 1, last)

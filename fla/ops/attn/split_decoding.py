@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.ops.attn.blocks import LEAST, STEEPEST_GATE, Call, Line, first_slot, own, put_tile, tile
-from fla.ops.common.kernels import LOG2E, cdiv, multiprocessors, power_of_two, product
+from fla.ops.attn.blocks import LEAST, STEEPEST_GATE, Call, Line, own, put_tile, tile
+from fla.ops.common.kernels import LOG2E, cdiv, first_slot, multiprocessors, power_of_two, product
 from fla.ops.common.launch import launch
 
 # BM is the most query heads of a program: those of a key head share what it reads, up to 32.  Three
@@ -128,7 +128,7 @@ def split_kernel(
         b_o = product(b_p.to(b_v.dtype), b_v, b_o * b_fall[:, None], PRECISION)
 
     if window is None:
-        slot = first_slot(cu_seqlens, bos, n, T, size) + i_s
+        slot = first_slot(cu_seqlens, n, bos, T, size) + i_s
     else:
         slot = n * splits + i_s
     at = slot.to(tl.int64) * (H * G) + i_h * G
@@ -169,7 +169,7 @@ def merge_kernel(
     i_h = tl.program_id(0) % HQ
     first, stop = keys_of(cu_seqlens, n, T, window)
     if window is None:
-        slot = first_slot(cu_seqlens, first, n, T, size)
+        slot = first_slot(cu_seqlens, n, first, T, size)
     else:
         slot = n * splits
     count = tl.cdiv(stop - first, size)

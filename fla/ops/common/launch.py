@@ -34,12 +34,12 @@ def _observed() -> bool:
 
 def launch(
     kernel: Any,
-    programs: int,
+    programs: int | tuple[int, int],
     tensors: tuple[Any, ...],
     numbers: tuple[Any, ...],
     constants: dict[str, Any],
 ) -> None:
-    """Launch ``programs`` programs of ``kernel`` where the first tensor is.
+    """Launch ``programs`` programs of ``kernel``, in one dimension or two, where tensors[0] is.
 
     Its parameters stand in the order given here; tensors may be parts of workspaces, and
     descriptors of tiles are among the numbers.
@@ -55,7 +55,7 @@ def launch(
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, programs, tensors, numbers, constants)
-    grid = (programs, 1, 1)
+    grid = (programs, 1, 1) if isinstance(programs, int) else (*programs, 1)
     # Asked for addresses by Triton, the driver would look each of them up
     addresses: list[int | None] = []
     dtypes: list[torch.dtype | None] = []

@@ -145,14 +145,11 @@ def tile(rows):
 
 
 @triton.jit
-def load_rows(p, stride, m, left, MASKED: tl.constexpr = True):
+def load_rows(p, stride, m, left):
     """Tokens 0 to 15 of every block at ``p``, ``stride`` apart, as far as ``left`` goes."""
     rows = ()
     for t in tl.static_range(TILE):
-        if MASKED:
-            rows += (tl.load(p + t * stride, m & (t < left), 0),)
-        else:
-            rows += (tl.load(p + t * stride),)
+        rows += (tl.load(p + t * stride, m & (t < left), 0),)
     return rows
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fla.ops.common.boundary import absent
-from fla.ops.common.kernels import cdiv, power_of_two
+from fla.ops.common.kernels import cdiv, dense, power_of_two
 from fla.ops.common.launch import launch
+from fla.ops.common.sequences import Sequences
 from fla.ops.common.workspace import Wanted, bytes_of, new_parts, parts_of
 from fla.ops.kda.chunk_gradients import gradients_kernel, through_states_kernel, unit_kernel
 from fla.ops.kda.chunk_inter import advance_kernel, join_kernel, scans_kernel
@@ -99,10 +100,8 @@ class Call:
     """
 
     def __init__(self, q, k, v, g, beta, A_log, dt_bias, cu_seqlens, options):
-        self.q, self.k, self.v, self.g, self.beta = (x.contiguous() for x in (q, k, v, g, beta))
-        self.A_log = None if A_log is None else A_log.contiguous()
-        self.dt_bias = None if dt_bias is None else dt_bias.contiguous()
-        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.q, self.k, self.v, self.g, self.beta = dense(q, k, v, g, beta)
+        self.A_log, self.dt_bias, self.cu_seqlens = dense(A_log, dt_bias, cu_seqlens)
         self.options = options
         self.B, self.T, self.H, self.K = q.shape
         self.HV, self.V = v.shape[2:]
@@ -132,9 +131,7 @@ class Call:
 
     def new_intermediate(self) -> Tensor:
         tail = (self.V, self.K) if self.options.state_v_first else (self.K, self.V)
-        chunks = -(-self.T // self.options.chunk_size)
-        if self.cu_seqlens is not None and chunks:
-            chunks += self.N - 1
+        chunks = Sequences.of(self.q, self.cu_seqlens).most_chunks(self.options.chunk_size)
         return self.k.new_empty(self.B, chunks, self.HV, *tail)
 
     def strides(self, state: Tensor | None) -> tuple[int, int, int, int]:

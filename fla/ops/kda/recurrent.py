@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.ops.common.kernels import cdiv, power, power_of_two
+from fla.ops.common.kernels import cdiv, dense, power, power_of_two
 from fla.ops.common.lacking import begins_anew
 from fla.ops.common.launch import launch
 from fla.ops.kda.activations import L2NORM_EPS, beta_of, log_decay
@@ -165,8 +165,7 @@ def _launch(
     programs = rows * HV * cdiv(V, BV)
     if not programs:
         return
-    read = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens)
-    read = tuple(None if x is None else x.contiguous() for x in read)
+    read = dense(q, k, v, g, beta, A_log, dt_bias, cu_seqlens)
     slots = 0
     if indices is not None:
         indices, slots = indices.contiguous(), indices.shape[1]
