@@ -15,7 +15,6 @@ from torch.nn.functional import logsigmoid
 from benchmarks import suite
 from benchmarks.suite import Call, Found, Suite
 
-PACKED = (1300, 547, 2048, 963, 271, 3063)
 # Heads that are compared with fp64, and tokens of a chunk there
 _HEADS, _CHUNK = 2, 32
 
@@ -89,7 +88,7 @@ ROWS = (
     _chunked("B2 T1024 H32, mixed", None, None, gate="mixed", **_SMALL, **_SOFTPLUS),
     _chunked("T8192 H64, lower bound", 0.95, 2.8, peer=True),
     _chunked("T8192 H96, lower bound", 1.4, 4.2, peer=True, H=96),
-    _chunked("T8192 H96, packed", 1.4, 4.2, peer=True, H=96, lengths=PACKED),
+    _chunked("T8192 H96, packed", 1.4, 4.2, peer=True, H=96, lengths=suite.PACKED),
     _chunked("T8192 H64, fast", 1.05, 3.1, peer=True, **_SOFTPLUS),
     _chunked("T8192 H64, slow", 1.05, 3.1, gate="slow", **_SOFTPLUS),
     _chunked("T8192 H64, mixed", 1.05, 3.1, gate="mixed", **_SOFTPLUS),
@@ -151,12 +150,7 @@ def _few_heads(row: Row, x: Tensor) -> Tensor:
 
 def in_fp64(row: Row, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """o and every gradient as the textbook has them, a chunk at a time."""
-    wide = {name: x.detach().double() for name, x in inputs.items()}
-    do = wide.pop("do")
-    leaves = {name: x.requires_grad_() for name, x in wide.items()}
-    o = _textbook(row, **leaves)
-    gradients = torch.autograd.grad(o, list(leaves.values()), do)
-    return {"o": o.detach()} | dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
+    return suite.in_fp64(functools.partial(_textbook, row), inputs)
 
 
 def _textbook(row, q, k, v, g, beta, A_log, dt_bias, initial_state=None) -> Tensor:
@@ -223,12 +217,7 @@ def host() -> Found:
 
 def first_call() -> Found:
     row = Row("", (None, None), T=1024)
-    call, inputs = fla(row), row.inputs()
-    do = inputs.pop("do")
-    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-    forward, o = suite.seconds(lambda: call(**leaves))
-    backward, _ = suite.seconds(lambda: torch.autograd.grad(o, list(leaves.values()), do))
-    return {"forward": forward, "backward": backward}
+    return suite.first_call(fla(row), row.inputs())
 
 
 def remarks(rows: list[Found]) -> Iterator[str]:

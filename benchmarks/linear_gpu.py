@@ -16,7 +16,6 @@ from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 from benchmarks import suite
 from benchmarks.suite import Call, Found, Suite
 
-PACKED = (1300, 547, 2048, 963, 271, 3063)
 # Heads that are compared with fp64, and tokens of a chunk there
 _HEADS, _CHUNK = 2, 64
 _LAYERS = {"layer_idx": 4, "num_layers": 8}
@@ -72,7 +71,7 @@ def _beside(name: str, a_byte: float, **more: Any) -> Row:
 
 ROWS = (
     _H64,
-    _beside("… packed", 1.0, lengths=PACKED),
+    _beside("… packed", 1.0, lengths=suite.PACKED),
     _beside("… state in and out", 1.15, state=True),
     _beside("… D64", 1.15, K=64, V=64),
     _beside("… K64 V128", 1.15, K=64),
@@ -175,20 +174,19 @@ def _few_heads(x: Tensor) -> Tensor:
 
 def in_fp64(row: Row, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """o and every gradient as the textbook has them, a chunk at a time."""
-    wide = {name: x.detach().double() for name, x in inputs.items()}
-    do = wide.pop("do")
-    leaves = {name: x.requires_grad_() for name, x in wide.items()}
+    return suite.in_fp64(functools.partial(_textbook, row), inputs)
+
+
+def _textbook(row: Row, initial_state: Tensor | None = None, **tokens: Tensor) -> Tensor:
     stops = itertools.accumulate(row.lengths or (row.T,))
     parts = []
     for start, stop in itertools.pairwise((0, *stops)):
-        tokens = {name: x[:, start:stop] for name, x in leaves.items() if name != "initial_state"}
-        parts.append(_textbook(row, S=leaves.get("initial_state"), **tokens))
-    o = torch.cat(parts, 1)
-    gradients = torch.autograd.grad(o, list(leaves.values()), do)
-    return {"o": o.detach()} | dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
+        sequence = {name: x[:, start:stop] for name, x in tokens.items()}
+        parts.append(_one_sequence(row, S=initial_state, **sequence))
+    return torch.cat(parts, 1)
 
 
-def _textbook(row: Row, q, k, v, g=None, S=None) -> Tensor:
+def _one_sequence(row: Row, q, k, v, g=None, S=None) -> Tensor:
     if row.operator == "chunk_lightning_attn":
         share = 1 - _LAYERS["layer_idx"] / _LAYERS["num_layers"]
         g = -8 / row.H * share * torch.arange(q.shape[2], device=q.device, dtype=q.dtype)
@@ -238,12 +236,7 @@ def host() -> Found:
 
 
 def first_call() -> Found:
-    call, inputs = fla(_H64), _H64.inputs()
-    do = inputs.pop("do")
-    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-    forward, o = suite.seconds(lambda: call(**leaves))
-    backward, _ = suite.seconds(lambda: torch.autograd.grad(o, list(leaves.values()), do))
-    return {"forward": forward, "backward": backward}
+    return suite.first_call(fla(_H64), _H64.inputs())
 
 
 def settle(rows: list[Row], found: dict[str, Found]) -> list[Row]:

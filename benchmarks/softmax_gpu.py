@@ -15,7 +15,6 @@ from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 from benchmarks import suite
 from benchmarks.suite import Call, Found, Suite
 
-PACKED = (1300, 547, 2048, 963, 271, 3063)
 # Elements of a block of logits in fp64
 _BLOCK = 2**27
 
@@ -81,7 +80,7 @@ ROWS = (
     Row("parallel_forgetting_attn, nothing forgotten", (1.4, 4.6), gate=12.0),
     Row("parallel_forgetting_attn N(4, 1)", (0.80, 2.7), gate=4.0),
     Row("parallel_forgetting_attn N(4, 1), all met", (None, None), gate=4.0, everything=True),
-    Row("parallel_forgetting_attn N(4, 1), packed", (0.40, 1.4), gate=4.0, lengths=PACKED),
+    Row("parallel_forgetting_attn N(4, 1), packed", (0.40, 1.4), gate=4.0, lengths=suite.PACKED),
     _decoding("attn_decoding N64 x 8192 keys", 0.60, 64, 8192),
     _decoding("attn_decoding N1 x 131072 keys", 0.18, 1, 131072),
     _decoding("attn_decoding N16 x 8192 keys, gate", 0.19, 16, 8192, 4.0),
@@ -275,12 +274,7 @@ def host() -> Found:
 
 def first_call() -> Found:
     row = Row("", (None, None), T=1024, gate=4.0)
-    call, inputs = fla(row), row.inputs()
-    do = inputs.pop("do")
-    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-    forward, o = suite.seconds(lambda: call(**leaves))
-    backward, _ = suite.seconds(lambda: torch.autograd.grad(o, list(leaves.values()), do))
-    return {"forward": forward, "backward": backward}
+    return suite.first_call(fla(row), row.inputs())
 
 
 def remarks(rows: list[Found]) -> Iterator[str]:

@@ -19,6 +19,8 @@ from torch import Tensor
 Found = dict[str, Any]
 # An operator on keyword arguments, of which the floating point tensors have gradients.
 Call = Callable[..., Tensor]
+# Lengths of a packed row's sequences, 8192 tokens together
+PACKED = (1300, 547, 2048, 963, 271, 3063)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,12 @@ def results(call: Call, inputs: Found, do: Tensor | None = None) -> dict[str, Te
     return {"o": o.detach()} | dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
 
 
+def in_fp64(textbook: Call, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The results of ``textbook`` on ``inputs``, among them ``do``, in fp64."""
+    wide = {name: x.double() for name, x in inputs.items()}
+    return results(textbook, wide, wide.pop("do"))
+
+
 def _differentiable(inputs: Found) -> tuple[Found, dict[str, Tensor]]:
     """The inputs with leaves among them, and the leaves alone."""
     leaves = {
@@ -152,6 +160,15 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
     result = run()
     torch.cuda.synchronize()
     return time.perf_counter() - start, result
+
+
+def first_call(call: Call, inputs: Found) -> Found:
+    """Seconds of a call and of its backward pass, with what they compile."""
+    do = inputs.pop("do")
+    inputs, leaves = _differentiable(inputs)
+    forward, o = seconds(lambda: call(**inputs))
+    backward, _ = seconds(lambda: torch.autograd.grad(o, list(leaves.values()), do))
+    return {"forward": forward, "backward": backward}
 
 
 def compiled_again(calls: Sequence[tuple[Call, Found]], first: Sequence[int]) -> int:
