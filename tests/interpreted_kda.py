@@ -121,7 +121,8 @@ def test_fp16():
 def test_segments_are_joined():
     from fla.ops.kda import launches
 
-    with mock.patch.multiple(launches, FILLS_CHIP=6, SHORTEST_SEGMENT=1, FEWEST_SEGMENTS=2):
+    few = {"SHORTEST_SEGMENT": 1, "FEWEST_SEGMENTS": 2}
+    with mock.patch.multiple(launches, multiprocessors=lambda device: 6, **few):
         agree(*operands(170, 16, 24), bound=FP32)
         agree(*operands(150, 16, 24, lengths=(0, 100, 50, 0), gate="mixed"), bound=FP32)
 

@@ -55,10 +55,10 @@ class Launch(NamedTuple):
         """Inside, long sequences fall into segments, or none does."""
         from fla.ops.kda import launches
 
-        few = {"FILLS_CHIP": 1}
+        many, few = 1, {}
         if self.segments:
-            few = {"FILLS_CHIP": 1 << 20, "SHORTEST_SEGMENT": 1, "FEWEST_SEGMENTS": 2}
-        return mock.patch.multiple(launches, **few)
+            many, few = 1 << 20, {"SHORTEST_SEGMENT": 1, "FEWEST_SEGMENTS": 2}
+        return mock.patch.multiple(launches, multiprocessors=lambda device: many, **few)
 
 
 def _constant(decay):

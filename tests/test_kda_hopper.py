@@ -36,13 +36,15 @@ def call(T=1024, K=128, V=128, packed=False, states=False, segments=False, parti
     cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
     kv = torch.zeros(1, H, K, V) if states else None
     options = Options(1.0, chunk_size=64, output_final_state=states)
-    few = {"FILLS_CHIP": 1 << 20, "SHORTEST_SEGMENT": 4} if segments else {"FILLS_CHIP": 1}
+    many, few = (1 << 20, {"SHORTEST_SEGMENT": 4}) if segments else (1, {})
     with (
         mock.patch.multiple(hopper, SMALLEST=1, **OTHERS),
         mock.patch.object(
             hopper_scan, "multiprocessors", lambda _: 0 if partitions == 2 else 1 << 20
         ),
-        mock.patch.multiple(launches, launch=lambda *_: None, **few),
+        mock.patch.multiple(
+            launches, launch=lambda *_: None, multiprocessors=lambda device: many, **few
+        ),
     ):
         _, _, _, pairs = hopper.forward(q, k, v, g, beta, None, None, kv, cu_seqlens, options)
         operands = v, kv, q, k, v, g, beta, None, None, kv, cu_seqlens

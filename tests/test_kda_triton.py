@@ -74,7 +74,8 @@ def test_every_launch_compiles_for_hopper(dtype, K, V):
         with mock.patch.object(kernels, "FEW_CHUNKS", 0):
             room = kernels.kept(*arguments[:3:2], None, arguments[9])
             kernels.backward(do, dstate, *arguments, room)
-        with mock.patch.multiple(launches, FILLS_CHIP=32, SHORTEST_SEGMENT=1, FEWEST_SEGMENTS=2):
+        few = {"SHORTEST_SEGMENT": 1, "FEWEST_SEGMENTS": 2}
+        with mock.patch.multiple(launches, multiprocessors=lambda device: 32, **few):
             kernels.forward(*arguments)
         for given in (arguments, packed):
             kernels.forward(*given[:9], given[9]._replace(chunk_size=0))

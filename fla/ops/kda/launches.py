@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.common.boundary import absent
-from fla.ops.common.kernels import cdiv, dense, power_of_two
+from fla.ops.common.kernels import cdiv, dense, multiprocessors, power_of_two
 from fla.ops.common.launch import launch
 from fla.ops.common.sequences import Sequences
 from fla.ops.common.workspace import Wanted, bytes_of, new_parts, parts_of
@@ -46,8 +46,6 @@ SCANS = Launch(128, 8, 2)
 THROUGH = Launch(64, 4, 2)
 # Tiles [64, 16], one warpgroup's rows.
 GRADIENTS = Launch(64, 4)
-# Programs that fill the chip, one on each of an H200's 132 multiprocessors.
-FILLS_CHIP = 132
 # Chunks below which a segment's summary costs more than it saves.
 SHORTEST_SEGMENT = 16
 # In fewer segments, summaries and runs take as long as one run of all chunks.
@@ -227,7 +225,8 @@ class Call:
         two runs, does not pay; longer than any sequence where one segment is enough.
         """
         chunks = cdiv(self.T, self.C)
-        pieces = min(FILLS_CHIP // max(programs, 1), chunks // SHORTEST_SEGMENT)
+        most = multiprocessors(self.q.device) // max(programs, 1)
+        pieces = min(most, chunks // SHORTEST_SEGMENT)
         return self.C * (cdiv(chunks, pieces) if pieces >= FEWEST_SEGMENTS else chunks + 1)
 
     def _operands(self):

@@ -15,12 +15,12 @@ import torch
 from fla.ops.common.boundary import absent
 from fla.ops.common.workspace import bytes_of, room_of
 from fla.ops.kda import recurrent
-from fla.ops.kda.launches import FILLS_CHIP, Call, pairs_and_operands
+from fla.ops.kda.launches import Call, pairs_and_operands
 
-# Chunks of all heads, eight a multiprocessor, up to which the host takes longer than the chip.  It
-# need not launch again what made operands: these wait for the backward pass, 50 MB of a call in
-# bf16 with K of 128.
-FEW_CHUNKS = 8 * FILLS_CHIP
+# Chunks of all heads, eight for each of an H200's 132 multiprocessors, up to which the host takes
+# longer than the chip.  It need not launch again what made operands: these wait for the backward
+# pass, 50 MB of a call in bf16 with K of 128.  A number, for what is kept has a size without a GPU.
+FEW_CHUNKS = 1056
 
 serve = recurrent.serve
 
