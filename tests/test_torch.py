@@ -7,6 +7,7 @@ import functools
 import subprocess
 import sys
 from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from fla import ops
+from fla.ops.common.boundary import Operator
 from fla.testing import Shape
 from fla.testing.compare import named_results, relative_error
 
@@ -65,6 +67,24 @@ def test_compiles_once_for_20_lengths(spec, variant):
 def test_compiles_once_for_other_packings(spec, variant):
     packings = ((40, 20, 31), (0, 50, 61), (44, 45, 46))
     compiles_once(spec, variant, [Shape.packed(*lengths) for lengths in packings])
+
+
+@pytest.mark.parametrize("spec, variant", list(variants()), ids=lambda x: f"{x}")
+def test_shapes_and_strides_are_foretold(spec, variant):
+    """Of every result, forward and backward: what is compiled relies on them."""
+    calls = []
+    call = Operator.__call__
+
+    def noted(operator, *args):
+        calls.append((operator, [x.detach() if isinstance(x, torch.Tensor) else x for x in args]))
+        return call(operator, *args)
+
+    with mock.patch.object(Operator, "__call__", noted):
+        arguments = spec.arguments(SHAPE, variant, torch.float32)
+        named_results(spec.outputs, arguments, spec.gradients)
+    assert calls
+    for operator, args in calls:
+        torch.library.opcheck(operator._dispatched, args, test_utils="test_faketensor")
 
 
 def test_the_old_name_of_the_layout_compiles():

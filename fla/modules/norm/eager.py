@@ -31,7 +31,7 @@ def backward(
     wide, dy = _wide(h), _wide(dy)
     reciprocal = _reciprocal(wide, options)
     unit = wide * reciprocal
-    dweight = dg = absent(h)
+    dweight, dg = absent(h), absent(h)
     if g is not None:
         opened, slope = _opened(_wide(g), options)
         dg = (_times(dy * unit, weight) * slope).to(g.dtype)

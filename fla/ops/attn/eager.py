@@ -56,7 +56,7 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
 
     With D_i = do_i·o_i: dS_ij = p_ij (do_i·v_j − D_i), and the sink's share of the row is −p D_i.
     """
-    dg = dsink = absent(q)
+    dg, dsink = absent(q), absent(q)
     if _torch_serves(q, v, g, cu_seqlens, options):
         dq, dk, dv, delta = _torch_backward(do, q, k, v, o, lse, options)
     else:
@@ -88,7 +88,7 @@ def _torch_forward(q, k, v, options):
     q, k, v = (_for_torch(x, accumulator(q.dtype)) for x in (q, k, v))
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     o, lse = attention(q, k, v, 0.0, True, scale=options.scale)
-    return o.transpose(1, 2), lse
+    return o.transpose(1, 2), lse.contiguous()
 
 
 def _torch_backward(do, q, k, v, o, lse, options):

@@ -98,7 +98,6 @@ def operands(
     return sizes
 
 
-@functools.cache
 def _letters(notation: str) -> tuple[str, ...]:
     return tuple(notation.lstrip("?").split())
 

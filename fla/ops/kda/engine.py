@@ -318,7 +318,7 @@ def _fake_forward(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, cu_seqlen
     B, K, (HV, V) = q.shape[0], q.shape[-1], v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tail = (V, K) if options.state_v_first else (K, V)
-    final = h = absent(q)
+    final, h = absent(q), absent(q)
     if options.output_final_state:
         final = q.new_empty(N, HV, *tail, dtype=accumulator(q.dtype))
     if options.intermediate_states:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.common import contract
+from fla.ops.common.device import accumulator
 from fla.ops.simple_gla.engine import linear_engine
 
 
@@ -53,4 +54,4 @@ def layer_decay(q: Tensor, layer_idx: int, num_layers: int) -> Tensor:
             f"layer_idx: expected 0 <= layer_idx <= num_layers = {num_layers}, got {layer_idx}"
         )
     slope = -8.0 * (1.0 - layer_idx / num_layers) / max(H, 1)
-    return torch.arange(H, device=q.device, dtype=torch.float32) * slope
+    return torch.arange(H, device=q.device, dtype=accumulator(q.dtype)) * slope

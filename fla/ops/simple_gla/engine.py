@@ -168,7 +168,7 @@ def _fake_forward(q, k, v, g, g_gamma, state, z, cu_seqlens, cu_seqlens_cpu, *op
     V = v.shape[-1]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulator(q.dtype)
-    final = final_z = norm = absent(q)
+    final, final_z, norm = absent(q), absent(q), absent(q)
     if options.output_final_state:
         tail = (V, K) if options.state_v_first else (K, V)
         final = q.new_empty(N, H, *tail, dtype=dtype)
