@@ -77,7 +77,7 @@ def lightning_reference(layer, x):
     H, still = q.shape[2], 1.0
     if layer.num_layers is not None:
         still = 1 - layer.layer_idx / layer.num_layers
-    decay = -8 / H * still * torch.arange(H)
+    decay = -8 / H * still * torch.arange(H, dtype=x.dtype)
     o, _ = naive_recurrent_simple_gla(q, k, v, decay.to(q).expand(q.shape[:3]))
     return gated(layer, layer.g_norm, x, o, torch.sigmoid)
 
