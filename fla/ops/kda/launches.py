@@ -104,6 +104,7 @@ class Call:
         self.B, self.T, self.H, self.K = q.shape
         self.HV, self.V = v.shape[2:]
         self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.tail = (self.V, self.K) if options.state_v_first else (self.K, self.V)  # of a state
         self.empty = q.numel() == 0 or v.numel() == 0
         self.dtype, self.BK, self.C = _tiles(q, options)
         self.stages = pipeline(self.BK, self.dtype)
@@ -124,13 +125,11 @@ class Call:
         self.forgets = options.gate and (self.lower_bound is None or self.lower_bound <= 0)
 
     def new_state(self) -> Tensor:
-        tail = (self.V, self.K) if self.options.state_v_first else (self.K, self.V)
-        return self.q.new_empty(self.N, self.HV, *tail, dtype=torch.float32)
+        return self.q.new_empty(self.N, self.HV, *self.tail, dtype=torch.float32)
 
     def new_intermediate(self) -> Tensor:
-        tail = (self.V, self.K) if self.options.state_v_first else (self.K, self.V)
         chunks = Sequences.of(self.q, self.cu_seqlens).most_chunks(self.options.chunk_size)
-        return self.k.new_empty(self.B, chunks, self.HV, *tail)
+        return self.k.new_empty(self.B, chunks, self.HV, *self.tail)
 
     def strides(self, state: Tensor | None) -> tuple[int, int, int, int]:
         """Strides of a state [rows, HV, ...] over rows, heads, values and keys."""
