@@ -3,7 +3,8 @@
 Prints each finding as it comes, and a table last: ms, forward / backward, and the errors of 16-bit
 results against fp64; a ``!`` is slower than the row is to be.  The findings stand in
 ``benchmarks/results``.  ``--peer`` names a directory into which ``pip install --target DIRECTORY
---no-deps fla-core==0.6.0`` has put that package; other GPUs, where there are any, share its rows.
+--no-deps fla-core==0.6.0`` has put that package.  GPUs share its rows: the others from the start,
+where there are any, the first when this package's own are measured.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--patience",
         type=float,
-        default=600,
+        default=1200,
         metavar="SECONDS",
-        help="with each library, of which the rows until then count (default: %(default)g)",
+        help="with each engine, of which the rows until then count (default: %(default)g)",
     )
     parser.add_argument("--library", help="measure this one here and print lines of JSON")
     parser.add_argument("--first-call", action="store_true", help="of --library, instead of rows")
@@ -95,8 +96,10 @@ def work(suite: Suite, options: argparse.Namespace) -> None:
         return
     rows = [row for row in suite.rows if options.rows in row.name]
     if options.compile:
-        libraries = [PEER] if options.library == PEER else [x for x in suite.libraries if x != PEER]
-        _compile(suite, [(library, row) for row in rows for library in libraries])
+        theirs = options.library == PEER
+        libraries = [PEER] if theirs else [x for x in suite.libraries if x != PEER]
+        calls = [(library, row) for row in rows for library in libraries]
+        _compile(suite, calls, shares=3 if theirs else 1)
         return
     for row in rows:
         if _claimed(options.claims, row.name):
@@ -140,21 +143,38 @@ def _measure(suite: Suite, library: str, row: Row) -> Found:
         torch.cuda.empty_cache()
 
 
-def _compile(suite: Suite, calls: list[tuple[str, Row]]) -> None:
-    """Measure side by side what is called once, for the kernels that are compiled then."""
+def _compile(suite: Suite, calls: list[tuple[str, Row]], shares: int = 1) -> None:
+    """Measure side by side what is called once, for the kernels that are compiled then.
+
+    Each call runs ``shares`` times, each time with its share of the launches that Triton's
+    autotuner would search; neither times nor errors are worth anything here.
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    launches = Autotuner.prune_configs
+    processes = max(min((os.cpu_count() or 2) - 2, 24), shares)  # each has a context on the GPU
 
     def some(first: int) -> None:
-        with mock.patch("triton.testing.do_bench", once):
-            for library, row in calls[first::processes]:
+        def share(self: Any, *given: Any) -> list[Any]:
+            every = launches(self, *given)
+            return every[first % shares :: shares] or every[:1]
+
+        with (
+            mock.patch("triton.testing.do_bench", once),
+            mock.patch.object(Autotuner, "prune_configs", share),
+            mock.patch("benchmarks.suite.in_fp64"),
+            mock.patch("benchmarks.suite.errors"),
+        ):
+            for library, row in calls[first // shares :: processes // shares]:
                 _measure(suite, library, row)
 
     def once(run: Callable[[], Any], *_: Any, **__: Any) -> float:
         run()
         return 0.0
 
-    processes = min(max((os.cpu_count() or 2) - 2, 1), 16)  # each has a context on the GPU
     fork = multiprocessing.get_context("fork")  # after imports, before the GPU is touched
-    running = [fork.Process(target=some, args=(i,)) for i in range(min(processes, len(calls)))]
+    some_of = range(min(processes // shares, len(calls)) * shares)
+    running = [fork.Process(target=some, args=(i,)) for i in some_of]
     for each in running:
         each.start()
     for each in running:
@@ -204,32 +224,30 @@ def _found(
     Its search for launches takes minutes and would show in what is measured on the same GPU.
     """
     here, *others = _gpus()
-    there = others or [here]
-    apart = functools.partial(_apart, engine, options, dict.fromkeys(libraries, options.patience))
+    apart = functools.partial(_apart, engine, options, time.monotonic() + options.patience)
     with ThreadPoolExecutor() as beside, tempfile.TemporaryDirectory() as place:
         cache, claims = Path(place, "cache"), Path(place, "claims")
         claims.mkdir()
 
-        def peers() -> list[Future[dict[str, Found]]]:
+        def peers(gpus: list[str]) -> list[Future[dict[str, Found]]]:
             """The processes that share its rows."""
-            return [beside.submit(apart, PEER, "--claims", str(claims), gpu=gpu) for gpu in there]
+            gpus = gpus if PEER in libraries else []
+            return [beside.submit(apart, PEER, "--claims", str(claims), gpu=gpu) for gpu in gpus]
 
         compiling = [
             beside.submit(apart, name, "--compile", gpu=gpu)
-            for name, gpu in (("ours", here), (PEER, there[0]))
+            for name, gpu in (("ours", here), (PEER, (others or [here])[0]))
             if name in libraries
         ]
         for each in compiling:
             each.result()
-        running = peers() if PEER in libraries and others else []
+        running = peers(others)
         found = {name: apart(name, gpu=here) for name in libraries if name != PEER}
         if suite.first_call:
-            first = beside.submit(apart, "ours", "--first-call", gpu=here, cache=str(cache))
+            found["ours"] |= apart("ours", "--first-call", gpu=here, cache=str(cache))
+        answers = [each.result() for each in running + peers([here])]
         if PEER in libraries:
-            answers = [each.result() for each in running or peers()]
             found[PEER] = dict(itertools.chain.from_iterable(x.items() for x in answers))
-        if suite.first_call:
-            found["ours"] |= first.result()
     return found
 
 
@@ -242,7 +260,7 @@ def _gpus() -> list[str]:
 def _apart(
     engine: str,
     options: argparse.Namespace,
-    left: dict[str, float],
+    until: float,
     library: str,
     *more: str,
     gpu: str,
@@ -250,14 +268,12 @@ def _apart(
 ) -> dict[str, Found]:
     """What ``work`` says in a process that finds ``fla`` in the library's directory, on one GPU.
 
-    ``left`` are the seconds that each library has.  fla-core would keep on disk what its search for
-    launches finds, and find it again where it is measured: of what is compiled side by side, where
-    nothing is timed, that is any launch.
+    fla-core would keep on disk what its search for launches finds, and find it again where it is
+    measured: of what is compiled side by side, where nothing is timed, that is any launch.
     """
     command = [sys.executable, "-m", "benchmarks", "gpu", "--only", engine, "--library", library]
-    start = time.monotonic()
     process = subprocess.Popen(
-        ["timeout", str(max(left[library], 1)), *command, "--rows", options.rows, *more],
+        ["timeout", str(max(until - time.monotonic(), 1)), *command, "--rows", options.rows, *more],
         cwd=options.peer if library == PEER else ROOT,  # comes first among the paths
         env={
             **os.environ,
@@ -277,7 +293,6 @@ def _apart(
                 found[what] = each
                 if each:
                     print(f"{library}: {what}: {_said(each)}", flush=True)
-    left[library] -= time.monotonic() - start
     return found
 
 

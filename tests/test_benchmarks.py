@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import time
 from itertools import accumulate
 
 import pytest
@@ -50,24 +52,21 @@ def test_a_process_of_its_own():
     assert found["calls"] == 3
 
 
-def test_what_a_library_has_until_its_time_is_over(monkeypatch, tmp_path, capsys):
-    """The seconds that its kernels take to compile count; words beside findings do not."""
+def test_what_a_library_says_until_its_time_is_over(monkeypatch, tmp_path, capsys):
+    """Words beside findings do not count."""
     library = tmp_path / "python"
     library.write_text(
         """#!/bin/sh
-        case "$*" in *--compile) exec sleep 1;; esac
         echo searching; echo '["a row", {"forward": 1.5}]'; exec sleep 60
         """
     )
     library.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(library))
-    left = {gpu.PEER: 3.0}
     options = argparse.Namespace(rows="", peer=tmp_path)
-    gpu._apart("kda", options, left, gpu.PEER, "--compile", gpu="0")
-    assert 1.5 < left[gpu.PEER] < 2.1
-    found = gpu._apart("kda", options, left, gpu.PEER, gpu="0")
+    start = time.monotonic()
+    found = gpu._apart("kda", options, start + 2, gpu.PEER, gpu="0")
+    assert 1.9 < time.monotonic() - start < 10
     assert found == {"a row": {"forward": 1.5}}
-    assert -1 < left[gpu.PEER] < 0.1
     assert capsys.readouterr().out == "fla-core: a row: forward 1.5\n"
 
 
@@ -221,6 +220,25 @@ def test_kernels_are_compiled_side_by_side(tmp_path):
     )
 
 
+def test_processes_share_the_launches_of_a_search(tmp_path):
+    """All are compiled, whatever fits their number least."""
+
+    def measure(row):
+        search = triton.autotune([triton.Config({}, num_warps=i) for i in range(1, 6)], ["n"])
+        for config in search(triton.jit(_nothing)).prune_configs({}):
+            (tmp_path / f"{row.name} {config.num_warps} {os.getpid()}").touch()
+
+    rows = [suite.Row(name, (None, None)) for name in "ab"]
+    some = suite.Suite("some", rows, {gpu.PEER: measure})
+    gpu._compile(some, [(gpu.PEER, row) for row in rows], shares=3)
+    found = sorted(each.name.rsplit(" ", 1)[0] for each in tmp_path.iterdir())
+    assert found == [f"{row} {i}" for row in "ab" for i in range(1, 6)]
+
+
+def _nothing(n):
+    pass
+
+
 @pytest.mark.parametrize(
     "cores, ours, peers, others",
     [({5, 2, 9, 7}, {9}, [2, 5], {5, 7}), ({1, 2}, {2}, [1], {1, 2}), ({4}, {4}, [4], {4})],
@@ -260,7 +278,7 @@ def test_wrong_results_are_not_timed():
 def test_the_peer_has_the_other_gpus_where_there_are_any(seen, others, monkeypatch):
     called = []
 
-    def apart(engine, options, left, library, *more, gpu, cache=""):
+    def apart(engine, options, until, library, *more, gpu, cache=""):
         called.append((library, *more[:1], gpu))
         return {f"row on {gpu}": {"forward": 1.0}} if library == "fla-core" else {}
 
@@ -268,17 +286,16 @@ def test_the_peer_has_the_other_gpus_where_there_are_any(seen, others, monkeypat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
     options = argparse.Namespace(peer="somewhere", rows="", patience=1.0)
     found = gpu._found("attn", softmax_gpu.SUITE, ["ours", "triton", gpu.PEER], options)
-    there = others or "1"
-    rows = {f"row on {where}": {"forward": 1.0} for where in there}
+    rows = {f"row on {where}": {"forward": 1.0} for where in others + "1"}
     assert found == {"ours": {}, "triton": {}, gpu.PEER: rows}
     ours = [("ours", "--compile", "1"), ("ours", "1"), ("triton", "1")]
-    peers = [(gpu.PEER, "--claims", where) for where in there]
-    compiling = (gpu.PEER, "--compile", there[0])
+    peers = [(gpu.PEER, "--claims", where) for where in others + "1"]
+    compiling = (gpu.PEER, "--compile", (others or "1")[0])
     assert sorted(called) == sorted([*ours, compiling, *peers, ("ours", "--first-call", "1")])
     measured = [called.index(x) for x in (*ours[1:], *peers)]
     assert max(called.index(ours[0]), called.index(compiling)) < min(measured)
-    if not others:  # nothing is measured beside the peer's search
-        assert max(called.index(x) for x in ours) < called.index(peers[0])
+    # Nothing is measured beside the peer's search
+    assert max(called.index(x) for x in ours) < called.index(peers[-1])
 
 
 def test_gpu_results_hold_what_is_printed(monkeypatch, tmp_path, capsys):
