@@ -56,6 +56,22 @@ def test_the_launcher_is_given_what_triton_gives_it():
         assert a is None if any(b is each for each in observers) else a == b
 
 
+def test_what_was_found_is_launched_again():
+    """For other tensors as if it was looked for; not for one that begins elsewhere."""
+    x, y = torch.zeros(2, 64)
+    with stand_ins() as (kernel, compiled):
+        assert launching.launch(kernel, 5, (x, None), (1.0,), {"desc": 3}) is None
+        found = launching.launch(kernel, 5, (y, None), (2.0,), {"desc": 3})
+        looked_for = compiled.run.call_args
+        assert launching.again(found, (y, None), (2.0,))
+        assert compiled.run.call_args == looked_for
+        assert launching.again(found, (x, None), (2.0,))
+        assert compiled.run.call_args != looked_for
+        assert not launching.again(found, (y[1:], None), (2.0,))
+        assert not launching.again(None, (y, None), (2.0,))
+    assert compiled.run.call_count == 3
+
+
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 def test_who_listens_to_launches_hears_of_them(hook):
     x = torch.zeros(1, 64, 1, 128)

@@ -54,7 +54,7 @@ def conv_engine(
         residual=(residual, "?B T D"),
         cache=(cache, "?N D W"),
     )
-    y, final = _forward(x, weight, bias, residual, cache, cu_seqlens, *options)
+    y, final = _forward(x, weight, bias, residual, cache, cu_seqlens, options)
     return y, final if options.output_final_state else None
 
 
@@ -62,24 +62,24 @@ def _choose(x: Tensor):
     return ENGINE.choose(Problem(x.device, x.dtype, x.shape[-1], x.shape[-1]))
 
 
-def _run_forward(x, weight, bias, residual, cache, cu_seqlens, *options):
+def _run_forward(x, weight, bias, residual, cache, cu_seqlens, options):
     contract.boundaries(cu_seqlens, None, x.shape[1])
-    return _choose(x).forward(x, weight, bias, residual, cache, cu_seqlens, Options(*options))
+    return _choose(x).forward(x, weight, bias, residual, cache, cu_seqlens, options)
 
 
-def _run_backward(x, dy, dfinal, weight, bias, cache, cu_seqlens, *options):
+def _run_backward(x, dy, dfinal, *others):
     if dy is None:
         dy = torch.zeros_like(x)
-    return _choose(x).backward(dy, dfinal, x, weight, bias, cache, cu_seqlens, Options(*options))
+    return _choose(x).backward(dy, dfinal, x, *others)
 
 
-def _fake_forward(x, weight, bias, residual, cache, cu_seqlens, *options):
+def _fake_forward(x, weight, bias, residual, cache, cu_seqlens, options):
     N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = x.new_empty(N, *weight.shape) if Options(*options).output_final_state else absent(x)
+    final = x.new_empty(N, *weight.shape) if options.output_final_state else absent(x)
     return x.new_empty(x.shape), final
 
 
-def _fake_backward(x, dy, dfinal, weight, bias, cache, cu_seqlens, *options):
+def _fake_backward(x, dy, dfinal, weight, bias, cache, cu_seqlens, options):
     return tuple(
         absent(x) if each is None else each.new_empty(each.shape)
         for each in (x, weight, bias, cache)
@@ -92,6 +92,7 @@ _forward = Operator(
     f"Tensor? cu_seqlens, {_OPTIONS}) -> (Tensor y, Tensor final)",
     _run_forward,
     _fake_forward,
+    Options,
 )
 _backward = Operator(
     "conv_backward(Tensor x, Tensor? dy, Tensor? dfinal, Tensor weight, Tensor? bias, "
@@ -99,21 +100,22 @@ _backward = Operator(
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dcache)",
     _run_backward,
     _fake_backward,
+    Options,
 )
 
 
-def _save(ctx, inputs, output) -> None:
-    x, weight, bias, residual, cache, cu_seqlens, *ctx.options = inputs
+def _save(ctx, operands, output) -> None:
+    x, weight, bias, residual, cache, cu_seqlens = operands
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(x, weight, bias, cache, cu_seqlens)
 
 
 def _gradients(ctx, dy, dfinal):
     x, weight, bias, cache, cu_seqlens = ctx.saved_tensors
-    if not ctx.options[-1]:
+    if not ctx.options.output_final_state:
         dfinal = None
     dx, dweight, dbias, dcache = _backward(
-        x, dy, dfinal, weight, bias, cache, cu_seqlens, *ctx.options
+        x, dy, dfinal, weight, bias, cache, cu_seqlens, ctx.options
     )
     dresidual = None if ctx.residual_dtype is None or dy is None else dy.to(ctx.residual_dtype)
     return (
@@ -123,7 +125,6 @@ def _gradients(ctx, dy, dfinal):
         dresidual,
         None if cache is None else dcache,
         None,
-        *[None] * len(ctx.options),
     )
 
 

@@ -72,11 +72,13 @@ def norm_engine(
         weight,
         g,
         residual,
-        contract.number("eps", eps),
-        mean,
-        ACTIVATIONS[activation],
-        x.dtype if output_dtype is None else output_dtype,
-        sum_dtype if keeps else None,
+        Options(
+            contract.number("eps", eps),
+            mean,
+            ACTIVATIONS[activation],
+            x.dtype if output_dtype is None else output_dtype,
+            sum_dtype if keeps else None,
+        ),
     )
     return y, h if keeps else x
 
@@ -94,63 +96,61 @@ def _choose(x: Tensor):
     return ENGINE.choose(Problem(x.device, x.dtype, x.shape[-1], x.shape[-1]))
 
 
-def _run_forward(x, weight, g, residual, *options):
-    return _choose(x).forward(x, weight, g, residual, Options(*options))
+def _run_forward(x, *others):
+    return _choose(x).forward(x, *others)
 
 
-def _run_backward(h, dy, dh, weight, g, *options):
-    return _choose(h).backward(dy, dh, h, weight, g, Options(*options))
+def _run_backward(h, dy, dh, *others):
+    return _choose(h).backward(dy, dh, h, *others)
 
 
-def _fake_forward(x, weight, g, residual, *options):
-    options = Options(*options)
+def _fake_forward(x, weight, g, residual, options):
     y = x.new_empty(x.shape, dtype=options.output_dtype)
     if options.sum_dtype is None:
         return y, absent(x)
     return y, x.new_empty(x.shape, dtype=options.sum_dtype)
 
 
-def _fake_backward(h, dy, dh, weight, g, *options):
+def _fake_backward(h, dy, dh, weight, g, options):
     return tuple(absent(h) if x is None else x.new_empty(x.shape) for x in (h, weight, g))
 
 
-_OPTIONS = (
-    "float eps, bool mean, str activation, ScalarType output_dtype, ScalarType? sum_dtype=None"
-)
+_OPTIONS = "float eps, bool mean, str activation, ScalarType output_dtype, ScalarType? sum_dtype"
 _forward = Operator(
     "norm_forward(Tensor x, Tensor? weight, Tensor? g, Tensor? residual, "
     f"{_OPTIONS}) -> (Tensor y, Tensor h)",
     _run_forward,
     _fake_forward,
+    Options,
 )
 _backward = Operator(
     "norm_backward(Tensor h, Tensor dy, Tensor? dh, Tensor? weight, Tensor? g, "
     f"{_OPTIONS}) -> (Tensor dx, Tensor dweight, Tensor dg)",
     _run_backward,
     _fake_backward,
+    Options,
 )
 
 
-def _save(ctx, inputs, output) -> None:
-    x, weight, g, residual, *ctx.options = inputs
+def _save(ctx, operands, output) -> None:
+    x, weight, g, residual = operands
     ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-    ctx.save_for_backward(x if ctx.options[-1] is None else output[1], weight, g)
+    ctx.save_for_backward(x if ctx.options.sum_dtype is None else output[1], weight, g)
 
 
 def _gradients(ctx, dy, dh):
     h, weight, g = ctx.saved_tensors
-    if ctx.options[-1] is None:
+    if ctx.options.sum_dtype is None:
         dh = None
     if dy is None:
         dy = h.new_zeros(h.shape)
-    dx, dweight, dg = _backward(h, dy, dh, weight, g, *ctx.options)
+    dx, dweight, dg = _backward(h, dy, dh, weight, g, ctx.options)
     x_dtype, residual_dtype = ctx.dtypes
     return (
         dx.to(x_dtype),
         None if weight is None else dweight,
         None if g is None else dg,
         None if residual_dtype is None else dx.to(residual_dtype),
-        *[None] * len(ctx.options),
     )
 
 

@@ -72,7 +72,7 @@ def softmax_engine(
     _check(*operands)
     window_size = _window(window_size)
     scale = contract.scale_or_default(scale, q.shape[-1])
-    return _forward(*operands, scale, window_size)[0]
+    return _forward(*operands, Options(scale, window_size))[0]
 
 
 def decoding_engine(
@@ -95,7 +95,7 @@ def decoding_engine(
     tensors: Iterable[Tensor | None] = (q, k, v, g, sink_bias)
     if torch.is_grad_enabled():
         tensors = (None if x is None else x.detach() for x in tensors)
-    return _decoding(*tensors, cu_seqlens, scale, window_size, gate_scale)
+    return _decoding(*tensors, cu_seqlens, DecodingOptions(scale, window_size, gate_scale))
 
 
 @once
@@ -146,26 +146,23 @@ def _problem(q: Tensor, v: Tensor, options: Options | DecodingOptions) -> Proble
     return Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options)
 
 
-def _run_forward(q, k, v, g, sink_bias, cu_seqlens, *options):
+def _run_forward(q, k, v, g, sink_bias, cu_seqlens, options):
     contract.boundaries(cu_seqlens, None, q.shape[1])
-    options = Options(*options)
     if _nothing_to_see(q, k, v, options):
         return tuple(x.zero_() for x in _fake_forward(q, k, v))
     stages = ENGINE.choose(_problem(q, v, options))
     return stages.forward(q, k, v, g, sink_bias, cu_seqlens, options)
 
 
-def _run_backward(q, do, k, v, g, sink_bias, cu_seqlens, o, lse, *options):
-    options = Options(*options)
+def _run_backward(q, do, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     if _nothing_to_see(q, k, v, options):
         return tuple(x.zero_() for x in _fake_backward(q, do, k, v, g, sink_bias))
     stages = ENGINE.choose(_problem(q, v, options))
     return stages.backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options)
 
 
-def _run_decoding(q, k, v, g, sink_bias, cu_seqlens, *options):
+def _run_decoding(q, k, v, g, sink_bias, cu_seqlens, options):
     contract.boundaries(cu_seqlens, None, k.shape[1])
-    options = DecodingOptions(*options)
     if _nothing_to_see(q, k, v, options):
         return _fake_decoding(q, k, v).zero_()
     stages = DECODING.choose(_problem(q, v, options))
@@ -197,36 +194,36 @@ _forward = Operator(
     f"softmax_forward(Tensor q, {_OPERANDS}, {_OPTIONS}) -> (Tensor o, Tensor lse)",
     _run_forward,
     _fake_forward,
+    Options,
 )
 _backward = Operator(
     f"softmax_backward(Tensor q, Tensor do, {_OPERANDS}, Tensor o, Tensor lse, {_OPTIONS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dsink)",
     _run_backward,
     _fake_backward,
+    Options,
 )
 _decoding = Operator(
     f"decoding(Tensor q, {_OPERANDS}, {_OPTIONS}, float gate_scale) -> Tensor",
     _run_decoding,
     _fake_decoding,
+    DecodingOptions,
 )
 
 
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.window_size = inputs
-    ctx.save_for_backward(*tensors, *output)
+def _save(ctx, operands, output) -> None:
+    ctx.save_for_backward(*operands, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, do, _):
     if do is None:  # what comes behind o does not depend on it
-        return (None,) * 8
+        return (None,) * 6
     q, k, v, g, sink_bias, cu_seqlens, o, lse = ctx.saved_tensors
-    dq, dk, dv, dg, dsink = _backward(
-        q, do, k, v, g, sink_bias, cu_seqlens, o, lse, ctx.scale, ctx.window_size
-    )
+    dq, dk, dv, dg, dsink = _backward(q, do, k, v, g, sink_bias, cu_seqlens, o, lse, ctx.options)
     dg = None if g is None else dg
     dsink = None if sink_bias is None else dsink
-    return dq, dk, dv, dg, dsink, None, None, None
+    return dq, dk, dv, dg, dsink, None
 
 
 differentiable(_forward, _backward, _save, _gradients)

@@ -14,17 +14,24 @@ from torch.autograd import forward_ad
 
 from fla.ops.common.lacking import complete
 
-# What arguments are where nothing wraps tensors or stands for numbers
-_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.dtype}
+# What operands are where nothing wraps tensors
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _library = torch.library.Library("fla", "FRAGMENT")
 
 
 class Operator:
-    """``fla::name``, from its schema, what it does and the shapes it returns."""
+    """``fla::name``, from its schema, what it does and the shapes it returns.
 
-    def __init__(self, schema: str, run: Callable[..., Any], fake: Callable[..., Any]):
+    It is called with operands and, last, what the call wants beside them, an ``options``, a
+    NamedTuple of numbers and flags.  PyTorch knows nothing but its fields, the schema's last.
+    """
+
+    def __init__(
+        self, schema: str, run: Callable[..., Any], fake: Callable[..., Any], options: Any
+    ):
         name = schema.split("(")[0]
-        self.name = f"fla::{name}"
+        self.name, self._options = f"fla::{name}", options
 
         def below_autocast(*args):
             if not torch._C._is_any_autocast_enabled():
@@ -40,23 +47,32 @@ class Operator:
                 return results
             return tuple(absent(args[0]) if x is None else x for x in results)
 
+        def flat(function):
+            return lambda *args: function(*self.together(args))
+
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, whole, "CompositeExplicitAutograd")
-        torch.library.register_fake(self.name, fake, lib=_library)
+        _library.impl(name, flat(whole), "CompositeExplicitAutograd")
+        torch.library.register_fake(self.name, flat(fake), lib=_library)
         self._run, self.whole = below_autocast, whole
         self._dispatched = getattr(torch.ops.fla, name).default
-        self.recorded: Callable[..., Any] = self._dispatched  # where autograd listens
+        self.recorded: Callable[..., Any] | None = None  # where autograd listens
 
     def __call__(self, *args):
-        if _watched(args):
-            if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+        *operands, options = args
+        if _watched(operands):
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, operands)):
                 raise RuntimeError(f"{self.name} has no forward-mode derivative")
-            if _transformed() and torch.is_grad_enabled() and any(map(_in_torch_func, args)):
+            if _transformed() and torch.is_grad_enabled() and any(map(_in_torch_func, operands)):
                 raise RuntimeError(f"{self.name} has no derivative in torch.func, only in autograd")
-            return self._dispatched(*args)
-        if torch.is_grad_enabled() and any(map(_requires_grad, args)):
+            return self._dispatched(*operands, *options)
+        if self.recorded and torch.is_grad_enabled() and any(map(_requires_grad, operands)):
             return self.recorded(*args)
         return self._run(*args)
+
+    def together(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Operands and options, where the schema's arguments stand one by one."""
+        operands = len(args) - len(self._options._fields)
+        return *args[:operands], self._options(*args[operands:])
 
 
 def _has_tangent(x: Any) -> bool:
@@ -84,7 +100,7 @@ def _requires_grad(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.requires_grad
 
 
-def _watched(args: tuple[Any, ...]) -> bool:
+def _watched(operands: list[Any]) -> bool:
     """Whether PyTorch may want to know of a call, beside autograd.
 
     Where nothing traces or transforms it, its way through the dispatcher would only cost: 8 µs,
@@ -94,11 +110,11 @@ def _watched(args: tuple[Any, ...]) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or forward_ad._current_level >= 0
-        or not _PLAIN.issuperset(map(type, args))
-        or args[0].is_meta
+        or not _PLAIN.issuperset(map(type, operands))
+        or operands[0].is_meta
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
@@ -111,24 +127,31 @@ def differentiable(
 ) -> None:
     """Make ``backward`` the derivative of ``forward``, and its own derivative an error.
 
-    ``save(ctx, inputs, output)`` keeps what the backward wants; ``gradients(ctx, *grads)`` calls it
-    and returns a gradient, or None, for each input of ``forward``.
+    ``save(ctx, operands, output)`` keeps what the backward wants beside ``ctx.options``;
+    ``gradients(ctx, *grads)`` calls it and returns a gradient, or None, for each operand.
     """
-
-    def setup(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        save(ctx, inputs, output)
 
     def refuse(ctx, *grads):
         raise RuntimeError(f"{forward.name} has no second derivative")
 
-    _derive(forward, gradients, setup)
-    _derive(backward, refuse, lambda ctx, inputs, output: None)
+    _derive(forward, gradients, save)
+    _derive(backward, refuse, lambda ctx, operands, output: None)
 
 
-def _derive(operator: Operator, gradients: Callable[..., Any], setup: Callable[..., None]) -> None:
+def _derive(operator: Operator, gradients: Callable[..., Any], save: Callable[..., None]) -> None:
     """Tell the dispatcher of a derivative, and ``operator`` for calls past the dispatcher."""
-    torch.library.register_autograd(operator.name, gradients, setup_context=setup, lib=_library)
+
+    def setup(ctx, args, output):
+        *operands, ctx.options = args
+        ctx.set_materialize_grads(False)
+        save(ctx, operands, output)
+
+    torch.library.register_autograd(
+        operator.name,
+        lambda ctx, *grads: (*gradients(ctx, *grads), *[None] * len(ctx.options)),
+        setup_context=lambda ctx, inputs, output: setup(ctx, operator.together(inputs), output),
+        lib=_library,
+    )
 
     class Recorded(torch.autograd.Function):
         @staticmethod
@@ -137,7 +160,9 @@ def _derive(operator: Operator, gradients: Callable[..., Any], setup: Callable[.
             setup(ctx, args, output)
             return output
 
-        backward = staticmethod(gradients)
+        @staticmethod
+        def backward(ctx, *grads):
+            return *gradients(ctx, *grads), None
 
     operator.recorded = Recorded.apply
 

@@ -28,17 +28,19 @@ _HINTS = {
 
 def public(function: Function) -> Function:
     """Make an unknown keyword, or a flag that is no flag, a TypeError that says what is meant."""
-    parameters = inspect.signature(function).parameters
-    flags = {name: isinstance(each.default, bool) for name, each in parameters.items()}
-    places = [(i, name) for i, (name, is_flag) in enumerate(flags.items()) if is_flag]
+    parameters = dict(inspect.signature(function).parameters)
+    flags = [name for name, each in parameters.items() if isinstance(each.default, bool)]
+    places = [(i, name) for i, name in enumerate(parameters) if name in flags]
 
     @functools.wraps(function)
     def face(*args, **kwargs):
-        for name, value in kwargs.items():
-            if name not in flags:
-                hint = f": {_HINTS[name]}" if name in _HINTS else ""
-                raise TypeError(f"{name}: {function.__qualname__} has no such argument{hint}")
-            if flags[name] and not isinstance(value, bool):
+        if not parameters.keys() >= kwargs.keys():
+            name = next(name for name in kwargs if name not in parameters)
+            hint = f": {_HINTS[name]}" if name in _HINTS else ""
+            raise TypeError(f"{name}: {function.__qualname__} has no such argument{hint}")
+        for name in flags:
+            value = kwargs.get(name, True)
+            if value is not True and value is not False:
                 kwargs[name] = _flag(name, value)
         for i, name in places:
             if i >= len(args):

@@ -131,7 +131,7 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Tensors as kernels take them, contiguous, and None for those that are not there."""
-    return tuple(None if x is None else x.contiguous() for x in tensors)
+    return tuple([None if x is None else x.contiguous() for x in tensors])
 
 
 # Triton's own cdiv and next_power_of_2 are made for kernels and slow on the host.

@@ -12,6 +12,8 @@ from triton.runtime.jit import JITFunction
 from fla.ops.common.lacking import begins_anew, gathering
 from fla.ops.common.workspace import as_tensor
 
+# A compiled kernel, the values of its constants and the grid
+Found = tuple[Any, tuple[Any, ...], tuple[int, ...]]
 # Compiled kernels, and the values of their constants in the order of their parameters
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
@@ -38,11 +40,11 @@ def launch(
     tensors: tuple[Any, ...],
     numbers: tuple[Any, ...],
     constants: dict[str, Any],
-) -> None:
+) -> Found | None:
     """Launch ``programs`` programs of ``kernel``, in one dimension or two, where tensors[0] is.
 
     Its parameters stand in the order given here; tensors may be parts of workspaces, and
-    descriptors of tiles are among the numbers.
+    descriptors of tiles are among the numbers.  Returns what ``again`` takes, if it was found.
 
     Triton looks at every argument of a launch for all that a kernel may be compiled for, which
     takes the host longer than to launch what it finds.  Here little tells calls apart: integers are
@@ -54,7 +56,8 @@ def launch(
     device = tensors[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, programs, tensors, numbers, constants)
+            launch(kernel, programs, tensors, numbers, constants)
+        return None
     grid = (programs, 1, 1) if isinstance(programs, int) else (*programs, 1)
     # Asked for addresses by Triton, the driver would look each of them up
     addresses: list[int | None] = []
@@ -71,25 +74,50 @@ def launch(
             bits |= address
     aligned = bits % 16 == 0
     key = (kernel.fn, device, *dtypes, *map(_kind, numbers), *constants, *constants.values())
-    found = _compiled.get(key) if aligned else None
-    if found is not None:
-        if begins_anew():
-            return
-        compiled, values = found
-        if _observed():
-            compiled[grid](*addresses, *numbers, *values)
-        else:  # what that does, but for what only an observer needs
-            compiled.run(
-                *grid, torch._C._cuda_getCurrentRawStream(device), compiled.function,
-                compiled.packed_metadata, None, None, None, *addresses, *numbers, *values,
-            )  # fmt: skip
-        return
+    known = _compiled.get(key) if aligned else None
+    if known is not None:
+        found = *known, grid
+        _run(found, device, addresses, numbers)
+        return found
     arguments = *map(as_tensor, tensors), *numbers
     lacks = gathering()
     if lacks is not None and (aligned or lacks) and isinstance(kernel, JITFunction):
         lacks.append(functools.partial(kernel.warmup, *arguments, grid=grid, **constants))
-        return
+        return None
     compiled = kernel[grid](*arguments, **constants)
     if aligned and compiled is not None:  # the interpreter compiles nothing
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         _compiled[key] = compiled, tuple(constants[name] for name in names)
+    return None
+
+
+def again(found: Found | None, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> bool:
+    """Launch what ``launch`` found for tensors and numbers that differ in values alone.
+
+    Where a tensor begins elsewhere than it takes for granted, or on another GPU than the current
+    one, nothing is launched and the answer is False; as where nothing was found.
+    """
+    if found is None:
+        return False
+    device = tensors[0].get_device()
+    addresses = [None if x is None else x.data_ptr() for x in tensors]
+    bits = 0
+    for address in addresses:
+        bits |= address or 0
+    if bits % 16 or 0 <= device != torch.cuda.current_device():
+        return False
+    _run(found, device, addresses, numbers)
+    return True
+
+
+def _run(found: Found, device: int, addresses: list[int | None], numbers: tuple[Any, ...]) -> None:
+    if begins_anew():
+        return
+    compiled, values, grid = found
+    if _observed():
+        compiled[grid](*addresses, *numbers, *values)
+    else:  # what that does, but for what only an observer needs
+        compiled.run(
+            *grid, torch._C._cuda_getCurrentRawStream(device), compiled.function,
+            compiled.packed_metadata, None, None, None, *addresses, *numbers, *values,
+        )  # fmt: skip

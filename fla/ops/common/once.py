@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -32,10 +33,7 @@ def once(function: Function) -> Function:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # sizes are no numbers
             return function(*args)
         known = tuple(
-            [
-                (x.shape, x.dtype, x.device, _TENSOR) if isinstance(x, torch.Tensor) else x
-                for x in args
-            ]
+            [(x.shape, x.dtype, x.device, _TENSOR) if isinstance(x, Tensor) else x for x in args]
         )
         try:
             found = answers.get(known, _TENSOR)

@@ -8,7 +8,7 @@ its own.  The operators take raw operands: norms, gates and sigmoids are their o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,23 @@ class Options(NamedTuple):
     output_final_state: bool = False
     intermediate_states: bool = False
     keep_operands: bool = False
+
+    @property
+    def kept(self) -> dict[Any, Any]:
+        """What is known of calls that differ in values alone; nothing."""
+        return {}
+
+
+class Checked(Options):
+    """The options of arguments that are checked, and what calls of their shapes, dtypes and devices
+    have found: these get the same one."""
+
+    def __init__(self, *fields: Any):
+        self._kept: dict[Any, Any] = {}
+
+    @property
+    def kept(self) -> dict[Any, Any]:
+        return self._kept
 
 
 def _lacks_triton(at: Problem) -> str | None:
@@ -102,7 +119,7 @@ def delta_engine(
         A_log = dt_bias = None
     operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu
     options = _checked(*operands, options)
-    o, final_state, h, _ = _forward(*operands, *options)
+    o, final_state, h, _ = _forward(*operands, options)
     return (
         o,
         final_state if options.output_final_state else None,
@@ -141,7 +158,7 @@ def delta_serve(
                 written.copy_(initial_state)
         out = v.new_empty(v.shape) if out is None else out
         others = written, out, cu_seqlens, indices, accepted
-        _serve(*operands, *others, *options)
+        _serve(*operands, *others, options)
     return out, written if inplace or options.output_final_state else None
 
 
@@ -257,9 +274,9 @@ def _tail(options: Options) -> str:
     return "V K" if options.state_v_first else "K V"
 
 
-def _with_numbers(options: Options, K: int) -> Options:
+def _with_numbers(options: Options, K: int) -> Checked:
     scale = contract.scale_or_default(options.scale, K)
-    return options._replace(scale=scale, lower_bound=bound(options.lower_bound))
+    return Checked(*options._replace(scale=scale, lower_bound=bound(options.lower_bound)))
 
 
 def _known(h: Tensor, cu_seqlens, cu_seqlens_cpu, options: Options) -> Tensor:
@@ -273,14 +290,17 @@ def _known(h: Tensor, cu_seqlens, cu_seqlens_cpu, options: Options) -> Tensor:
 
 
 def _stages(q: Tensor, v: Tensor, options: Options, engine: Engine = ENGINE):
-    return engine.choose(Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options))
+    problem = options.kept.get(Problem)
+    if problem is None:
+        problem = Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options)
+        options.kept[Problem] = problem
+    return engine.choose(problem)
 
 
 def _run_forward(
-    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, *options
+    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, options
 ):
     contract.boundaries(cu_seqlens, cu_seqlens_cpu, q.shape[1])
-    options = Options(*options)
     # Here, because torch.compile cannot trace the question
     if options.intermediate_states and not torch.is_inference_mode_enabled():
         raise ValueError(
@@ -291,9 +311,8 @@ def _run_forward(
 
 
 def _run_backward(
-    q, do, dstate, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, kept, *options
+    q, do, dstate, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, kept, options
 ):
-    options = Options(*options)
     if do is None:
         do = v.new_zeros(v.shape)
     operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
@@ -302,19 +321,17 @@ def _run_backward(
 
 
 def _run_serve(
-    q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, accepted, *options
+    q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, accepted, options
 ):
     contract.boundaries(cu_seqlens, None, q.shape[1])
     if indices is not None and indices.dim() == 1:
         indices = indices[:, None]
     _check_slot_values(state, cu_seqlens, q.shape[1], indices, accepted)
-    options = Options(*options)
     operands = q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, accepted
     _stages(q, v, options).serve(*operands, options)
 
 
-def _fake_forward(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, cu_seqlens_cpu, *options):
-    options = Options(*options)
+def _fake_forward(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, cu_seqlens_cpu, options):
     B, K, (HV, V) = q.shape[0], q.shape[-1], v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tail = (V, K) if options.state_v_first else (K, V)
@@ -328,7 +345,7 @@ def _fake_forward(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, cu_seqlen
     return v.new_empty(v.shape), final, h, kept
 
 
-def _fake_backward(q, do, dstate, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, kept, *options):
+def _fake_backward(q, do, dstate, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, kept, options):
     return tuple(
         absent(q) if each is None else each.new_empty(each.shape)
         for each in (q, k, v, g, beta, A_log, dt_bias, state)
@@ -346,6 +363,7 @@ _forward = Operator(
     f"Tensor? cu_seqlens_cpu, {_OPTIONS}) -> (Tensor o, Tensor state, Tensor h, Tensor kept)",
     _run_forward,
     _fake_forward,
+    Options,
 )
 _backward = Operator(
     f"delta_backward(Tensor q, Tensor? do, Tensor? dstate, {_OPERANDS}, Tensor? initial_state, "
@@ -353,17 +371,19 @@ _backward = Operator(
     "Tensor dbeta, Tensor dA_log, Tensor ddt_bias, Tensor dstate)",
     _run_backward,
     _fake_backward,
+    Options,
 )
 _serve = Operator(
     f"delta_serve(Tensor q, {_OPERANDS}, Tensor(a!) state, Tensor(b!) out, Tensor? cu_seqlens, "
     f"Tensor? indices, Tensor? accepted, {_OPTIONS}) -> ()",
     _run_serve,
     lambda *operands: None,
+    Options,
 )
 
 
-def _save(ctx, inputs, output) -> None:
-    q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, _, *ctx.options = inputs
+def _save(ctx, operands, output) -> None:
+    q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, _ = operands
     h, kept = output[2:]
     ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, kept)
     ctx.mark_non_differentiable(h, kept)
@@ -372,7 +392,7 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, do, dstate, *_):
     q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, kept = ctx.saved_tensors
     gradients = _backward(
-        q, do, dstate, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, kept, *ctx.options
+        q, do, dstate, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, kept, ctx.options
     )
     optional = (A_log, dt_bias, state)
     gradients = (
@@ -382,7 +402,7 @@ def _gradients(ctx, do, dstate, *_):
             for given, gradient in zip(optional, gradients[5:], strict=True)
         ),
     )
-    return *gradients, None, None, *[None] * len(ctx.options)
+    return *gradients, None, None
 
 
 differentiable(_forward, _backward, _save, _gradients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,13 @@ from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
+
+
+class Options(NamedTuple):
+    """What a call wants beside its tensors."""
+
+    lower_bound: float | None
+    output_dtype: torch.dtype
 
 
 @contract.public
@@ -42,7 +49,7 @@ def fused_kda_gate(
     contract.operands(sizes, ("g", g), **parameters)
     if output_dtype not in contract.FLOATS:
         raise TypeError(f"output_dtype: expected a floating point dtype, got {output_dtype}")
-    return _forward(g, A_log, dt_bias, lower_bound, output_dtype)
+    return _forward(g, A_log, dt_bias, Options(lower_bound, output_dtype))
 
 
 def naive_kda_gate(
@@ -176,12 +183,12 @@ def _choose(g: Tensor) -> Any:
     return ENGINE.choose(Problem(g.device, g.dtype, g.shape[-1], g.shape[-1]))
 
 
-def _run_forward(g, *arguments):
-    return _choose(g).forward(g, *arguments)
+def _run_forward(g, A_log, dt_bias, options):
+    return _choose(g).forward(g, A_log, dt_bias, *options)
 
 
-def _run_backward(g, dy, A_log, dt_bias, lower_bound):
-    dg, dA_log, ddt_bias = _choose(g).backward(g, dy, A_log, dt_bias, lower_bound)
+def _run_backward(g, dy, A_log, dt_bias, options):
+    dg, dA_log, ddt_bias = _choose(g).backward(g, dy, A_log, dt_bias, options.lower_bound)
     return (
         dg,
         absent(g) if A_log is None else like(A_log, dA_log),
@@ -194,37 +201,38 @@ def like(parameter: Tensor, gradient: Tensor) -> Tensor:
     return gradient.reshape(parameter.shape).to(parameter.dtype)
 
 
-def _fake_backward(g, dy, A_log, dt_bias, lower_bound):
+def _fake_backward(g, dy, A_log, dt_bias, options):
     return tuple(absent(g) if x is None else x.new_empty(x.shape) for x in (g, A_log, dt_bias))
 
 
+_OPTIONS = "float? lower_bound, ScalarType output_dtype"
 _forward = Operator(
-    "delta_gate(Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound, "
-    "ScalarType output_dtype) -> Tensor",
+    f"delta_gate(Tensor g, Tensor? A_log, Tensor? dt_bias, {_OPTIONS}) -> Tensor",
     _run_forward,
-    lambda g, A_log, dt_bias, lower_bound, dtype: g.new_empty(g.shape, dtype=dtype),
+    lambda g, A_log, dt_bias, options: g.new_empty(g.shape, dtype=options.output_dtype),
+    Options,
 )
 _backward = Operator(
-    "delta_gate_backward(Tensor g, Tensor dy, Tensor? A_log, Tensor? dt_bias, float? lower_bound) "
+    f"delta_gate_backward(Tensor g, Tensor dy, Tensor? A_log, Tensor? dt_bias, {_OPTIONS}) "
     "-> (Tensor dg, Tensor dA_log, Tensor ddt_bias)",
     _run_backward,
     _fake_backward,
+    Options,
 )
 
 
-def _save(ctx, inputs, output) -> None:
-    g, A_log, dt_bias, ctx.lower_bound, _ = inputs
-    ctx.save_for_backward(g, A_log, dt_bias)
+def _save(ctx, operands, output) -> None:
+    ctx.save_for_backward(*operands)
 
 
 def _gradients(ctx, dy):
     if dy is None:  # what comes behind the gate does not depend on it
-        return (None,) * 5
+        return None, None, None
     g, A_log, dt_bias = ctx.saved_tensors
-    dg, dA_log, ddt_bias = _backward(g, dy, A_log, dt_bias, ctx.lower_bound)
+    dg, dA_log, ddt_bias = _backward(g, dy, A_log, dt_bias, ctx.options)
     dA_log = None if A_log is None else dA_log
     ddt_bias = None if dt_bias is None else ddt_bias
-    return dg, dA_log, ddt_bias, None, None
+    return dg, dA_log, ddt_bias
 
 
 differentiable(_forward, _backward, _save, _gradients)

@@ -91,12 +91,14 @@ def linear_engine(
         initial_z,
         cu_seqlens,
         cu_seqlens_cpu,
-        contract.scale_or_default(scale, q.shape[-1]),
-        chunk_size or 0,
-        reverse,
-        normalize,
-        state_v_first,
-        output_final_state,
+        Options(
+            contract.scale_or_default(scale, q.shape[-1]),
+            chunk_size or 0,
+            reverse,
+            normalize,
+            state_v_first,
+            output_final_state,
+        ),
     )
     if not output_final_state:
         return o, None, None
@@ -129,8 +131,8 @@ def _check(
 
 def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float | None) -> Tensor:
     """A_ij = scale q_i·k_j exp(G_i − G_j) for j ≤ i, [B, H, T, T], without a gradient."""
-    scale = contract.scale_or_default(scale, q.shape[-1])
-    return _attention_map(q.detach(), k.detach(), None if g is None else g.detach(), scale)
+    options = Options(contract.scale_or_default(scale, q.shape[-1]))
+    return _attention_map(q.detach(), k.detach(), None if g is None else g.detach(), options)
 
 
 def _problem(q: Tensor, v: Tensor, options: Options) -> Problem:
@@ -138,18 +140,16 @@ def _problem(q: Tensor, v: Tensor, options: Options) -> Problem:
 
 
 def _run_forward(
-    q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, cu_seqlens_cpu, *options
+    q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, cu_seqlens_cpu, options
 ):
     contract.boundaries(cu_seqlens, cu_seqlens_cpu, q.shape[1])
-    options = Options(*options)
     stages = ENGINE.choose(_problem(q, v, options))
     return stages.forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options)
 
 
 def _run_backward(
-    q, do, dstate, dz, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, *options
+    q, do, dstate, dz, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, options
 ):
-    options = Options(*options)
     stages = ENGINE.choose(_problem(q, v, options))
     if do is None:
         do = v.new_zeros(v.shape)
@@ -158,12 +158,11 @@ def _run_backward(
     )
 
 
-def _run_attention_map(q, k, g, scale):
-    return ENGINE.choose(_problem(q, k, Options(scale))).attention_map(q, k, g, scale)
+def _run_attention_map(q, k, g, options):
+    return ENGINE.choose(_problem(q, k, options)).attention_map(q, k, g, options.scale)
 
 
-def _fake_forward(q, k, v, g, g_gamma, state, z, cu_seqlens, cu_seqlens_cpu, *options):
-    options = Options(*options)
+def _fake_forward(q, k, v, g, g_gamma, state, z, cu_seqlens, cu_seqlens_cpu, options):
     B, T, H, K = q.shape
     V = v.shape[-1]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -179,7 +178,7 @@ def _fake_forward(q, k, v, g, g_gamma, state, z, cu_seqlens, cu_seqlens_cpu, *op
     return v.new_empty(v.shape), final, final_z, norm
 
 
-def _fake_backward(q, do, dstate, dz, k, v, g, g_gamma, state, z, cu_seqlens, o, norm, *options):
+def _fake_backward(q, do, dstate, dz, k, v, g, g_gamma, state, z, cu_seqlens, o, norm, options):
     return tuple(
         absent(q) if each is None else each.new_empty(each.shape) for each in (q, k, v, g, state, z)
     )
@@ -195,6 +194,7 @@ _forward = Operator(
     f"{_OPTIONS}) -> (Tensor o, Tensor state, Tensor z, Tensor norm)",
     _run_forward,
     _fake_forward,
+    Options,
 )
 _backward = Operator(
     "linear_backward(Tensor q, Tensor? do, Tensor? dstate, Tensor? dz, Tensor k, Tensor v, "
@@ -203,18 +203,20 @@ _backward = Operator(
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dstate, Tensor dz)",
     _run_backward,
     _fake_backward,
+    Options,
 )
 _attention_map = Operator(
-    "linear_attention_map(Tensor q, Tensor k, Tensor? g, float scale) -> Tensor",
+    f"linear_attention_map(Tensor q, Tensor k, Tensor? g, {_OPTIONS}) -> Tensor",
     _run_attention_map,
-    lambda q, k, g, scale: q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[1]),
+    lambda q, *others: q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[1]),
+    Options,
 )
 
 
-def _save(ctx, inputs, output) -> None:
-    q, k, v, g, g_gamma, state, z, cu_seqlens, _, *ctx.options = inputs
+def _save(ctx, operands, output) -> None:
+    q, k, v, g, g_gamma, state, z, cu_seqlens, _ = operands
     o, _, _, norm = output
-    if not Options(*ctx.options).normalize:
+    if not ctx.options.normalize:
         o = None  # only the normaliser asks for it, and callers may want to write over it
     ctx.save_for_backward(q, k, v, g, g_gamma, state, z, cu_seqlens, o, norm)
     ctx.mark_non_differentiable(norm)
@@ -223,13 +225,13 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, do, dstate, dz, _):
     q, k, v, g, g_gamma, state, z, cu_seqlens, o, norm = ctx.saved_tensors
     dq, dk, dv, dg, dstate, dz = _backward(
-        q, do, dstate, dz, k, v, g, g_gamma, state, z, cu_seqlens, o, norm, *ctx.options
+        q, do, dstate, dz, k, v, g, g_gamma, state, z, cu_seqlens, o, norm, ctx.options
     )
     dg, dstate, dz = (
         None if given is None else gradient
         for given, gradient in ((g, dg), (state, dstate), (z, dz))
     )
-    return dq, dk, dv, dg, None, dstate, dz, None, None, *[None] * len(ctx.options)
+    return dq, dk, dv, dg, None, dstate, dz, None, None
 
 
 differentiable(_forward, _backward, _save, _gradients)
