@@ -201,8 +201,8 @@ def test_linear_rows_are_to_take_so_long_a_byte():
 
 
 def test_triton_stands_beside_what_has_kernels_for_hopper():
-    assert suite.in_triton(lambda row: [row, *dispatch._forced])(1) == [1, "triton"]
-    assert not dispatch._forced
+    assert suite.in_triton(lambda row: [row, *dispatch.forced])(1) == [1, "triton"]
+    assert not dispatch.forced
 
 
 def test_kernels_are_compiled_side_by_side(tmp_path):

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.jit import is_tracing
 
 from fla.ops.common.lacking import complete
 
@@ -81,8 +83,7 @@ def _has_tangent(x: Any) -> bool:
 
 def _transformed() -> bool:
     """Whether torch.func is at work; what torch.compile traces it cannot look into."""
-    compiling = torch.compiler.is_compiling()
-    return not compiling and torch._C._functorch.peek_interpreter_stack() is not None
+    return not is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _in_torch_func(x: Any) -> bool:
@@ -107,8 +108,8 @@ def _watched(operands: list[Any]) -> bool:
     which a step of decoding notices, and 20 µs more where autograd records.
     """
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        is_compiling()
+        or is_tracing()
         or forward_ad._current_level >= 0
         or not _PLAIN.issuperset(map(type, operands))
         or operands[0].is_meta

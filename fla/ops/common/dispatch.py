@@ -20,7 +20,7 @@ import torch
 from fla.ops.common.once import once
 
 # Names given to ``use``, innermost last.  For all threads: autograd runs backwards in its own.
-_forced: list[str] = []
+forced: list[str] = []
 
 
 class Problem(NamedTuple):
@@ -63,8 +63,8 @@ class Engine:
 
     def choose(self, problem: Problem) -> Any:
         """The module to call."""
-        if _forced:
-            return self._named(_forced[-1], problem)
+        if forced:
+            return self._named(forced[-1], problem)
         found, reason = self._best(problem)
         if reason is not None:
             self._warn(reason)
@@ -100,8 +100,8 @@ class Engine:
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
     """Inside, every engine runs its implementation ``name`` or says why it cannot."""
-    _forced.append(name)
+    forced.append(name)
     try:
         yield
     finally:
-        _forced.pop()
+        forced.pop()

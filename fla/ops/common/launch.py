@@ -54,7 +54,7 @@ def launch(
     Once a kernel of an operator's call is missing, the call launches nothing more (``lacking``).
     """
     device = tensors[0].get_device()
-    if device >= 0 and device != torch.cuda.current_device():
+    if device >= 0 and device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             launch(kernel, programs, tensors, numbers, constants)
         return None
@@ -104,7 +104,7 @@ def again(found: Found | None, tensors: tuple[Any, ...], numbers: tuple[Any, ...
     bits = 0
     for address in addresses:
         bits |= address or 0
-    if bits % 16 or 0 <= device != torch.cuda.current_device():
+    if bits % 16 or 0 <= device != torch._C._cuda_getDevice():
         return False
     _run(found, device, addresses, numbers)
     return True

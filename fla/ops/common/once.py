@@ -9,8 +9,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.jit import is_tracing
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -30,7 +31,7 @@ def once(function: Function) -> Function:
 
     @functools.wraps(function)
     def answer(*args):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # sizes are no numbers
+        if is_compiling() or is_tracing():  # sizes are no numbers
             return function(*args)
         known = tuple(
             [(x.shape, x.dtype, x.device, _TENSOR) if isinstance(x, Tensor) else x for x in args]

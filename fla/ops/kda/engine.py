@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fla.ops.common import contract
+from fla.ops.common import contract, dispatch
 from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
@@ -290,11 +290,12 @@ def _known(h: Tensor, cu_seqlens, cu_seqlens_cpu, options: Options) -> Tensor:
 
 
 def _stages(q: Tensor, v: Tensor, options: Options, engine: Engine = ENGINE):
-    problem = options.kept.get(Problem)
-    if problem is None:
-        problem = Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options)
-        options.kept[Problem] = problem
-    return engine.choose(problem)
+    chosen = engine, *dispatch.forced
+    stages = options.kept.get(chosen)
+    if stages is None:
+        stages = engine.choose(Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options))
+        options.kept[chosen] = stages
+    return stages
 
 
 def _run_forward(

@@ -16,6 +16,7 @@ from fla.ops.kda.slots import sequence
 # Elements of a program's state, all of K by some of V: one warp holds them in half of its registers
 # and adds over K without a barrier; what hides latency is how many programs run side by side.
 _TILE = 4096
+_DENSE = torch.contiguous_format
 
 
 @triton.jit
@@ -120,9 +121,11 @@ def recurrent_kernel(
 
 def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options):
     """Return o [B, T, HV, V], the final state, and nothing in place of states before chunks."""
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    o = torch.empty_like(v, memory_format=_DENSE)
     final = None
-    if options.output_final_state:
+    if options.output_final_state and initial_state is not None:
+        final = torch.empty_like(initial_state, dtype=torch.float32, memory_format=_DENSE)
+    elif options.output_final_state:
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         K, V = q.shape[-1], v.shape[-1]
         tail = (V, K) if options.state_v_first else (K, V)
@@ -150,7 +153,8 @@ def serve(q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, acc
 
 def _whole_rows(state: Tensor) -> bool:
     """Whether each state lies in one piece; the pieces may lie anywhere."""
-    return state.is_contiguous() or state[0].is_contiguous()
+    _, _, first, second = state.shape
+    return state.is_contiguous() or state.stride()[1:] == (first * second, second, 1)
 
 
 def _launch(
@@ -167,9 +171,9 @@ def _launch(
     numbers = (
         options.scale, options.lower_bound if options.gate else None, q.shape[1], rows, slots,
     )  # fmt: skip
-    # A step of decoding takes the host longer than the GPU; these two its shapes do not tell
-    strides = 0 if state is None else state.stride(0), 0 if final is None else final.stride(0)
-    if again(options.kept.get(strides), tensors, numbers):
+    # A step of decoding takes the host longer than the GPU; how states lie no shape tells
+    stride = 0 if state is None else state.stride(0)
+    if again(options.kept.get(stride), tensors, numbers):
         return
     (H, K), (HV, V) = q.shape[2:], v.shape[2:]
     BK = power_of_two(K)
@@ -177,14 +181,15 @@ def _launch(
     programs = rows * HV * cdiv(V, BV)
     if not programs:
         return
-    options.kept[strides] = launch(
+    options.kept[stride] = launch(
         recurrent_kernel,
         programs,
         tensors,
         numbers,
         {
             "H": H, "HV": HV, "K": K, "V": V, "BK": BK, "BV": BV,
-            "KEYS": 1 if options.state_v_first else 0, "STATE": strides[0], "FINAL": strides[1],
+            "KEYS": 1 if options.state_v_first else 0, "STATE": stride,
+            "FINAL": 0 if final is None else final.stride(0),
             "QK_L2NORM": options.qk_l2norm, "GATE": options.gate,
             "BETA_SIGMOID": options.beta_sigmoid, "BETA_RANGE": 2 if options.neg_eigval else 1,
             "CHANNELWISE": beta.dim() == 4, "IN_PLACE": in_place, "num_warps": 1,
