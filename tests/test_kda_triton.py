@@ -111,24 +111,27 @@ def test_serving_writes_nothing_while_a_call_begins_anew():
     q, k, v = torch.randn(2, 1, 3, 2, 16).unbind(2)
     g, beta, state = torch.zeros(2, 1, 2, 16), torch.zeros(2, 1, 2), torch.zeros(2, 2, 16, 16)
     before = v.clone()
-    with mock.patch.multiple(recurrent, launch=mock.DEFAULT, begins_anew=lambda: True):
+    with mock.patch.multiple(recurrent, Launch=mock.DEFAULT, begins_anew=lambda: True):
         recurrent.serve(q, k, v, g, beta, None, None, state, v, None, None, None, Options(1.0))
     assert torch.equal(v, before)
 
 
-def test_a_step_like_one_before_launches_what_that_found():
+def test_a_step_like_one_before_is_not_described_again():
     """Where shapes and strides are the same, and only if a call's arguments have been checked."""
     from fla.ops.kda import recurrent
 
     x, states = torch.zeros(2, 1, 1, 16), torch.zeros(4, 1, 16, 16)
-    asked = []
-    again = lambda found, *_: asked.append(found) or found is not None  # noqa: E731
-    checked = Checked(1.0)
-    with mock.patch.multiple(recurrent, launch=lambda *_: len(asked), again=again):
-        for options in (checked, Options(1.0)):
+    described = []
+
+    def describe(kernel, programs, numbers, constants):
+        described.append(constants["STATE"])
+        return lambda *tensors: None
+
+    with mock.patch.object(recurrent, "Launch", describe):
+        for options in (Checked(1.0), Options(1.0)):
             for pool in (states[:2], states[2:], states[::2], states[::2]):
                 recurrent.forward(x, x, x, x, x[..., 0], None, None, pool, None, options)
-    assert asked == [None, 1, None, 3, None, None, None, None]
+    assert described == [256, 512, 256, 256, 512, 512]
 
 
 def test_lengths_on_both_sides_of_what_is_kept_export_as_one():

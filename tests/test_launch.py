@@ -57,19 +57,23 @@ def test_the_launcher_is_given_what_triton_gives_it():
 
 
 def test_what_was_found_is_launched_again():
-    """For other tensors as if it was looked for; not for one that begins elsewhere."""
+    """For other tensors as if it was looked for, and looked for where one begins elsewhere."""
     x, y = torch.zeros(2, 64)
     with stand_ins() as (kernel, compiled):
-        assert launching.launch(kernel, 5, (x, None), (1.0,), {"desc": 3}) is None
-        found = launching.launch(kernel, 5, (y, None), (2.0,), {"desc": 3})
+        step = launching.Launch(kernel, 5, (1.0,), {"desc": 3})
+        step(x, None)
+        step(y, None)
         looked_for = compiled.run.call_args
-        assert launching.again(found, (y, None), (2.0,))
-        assert compiled.run.call_args == looked_for
-        assert launching.again(found, (x, None), (2.0,))
+        with mock.patch.object(launching, "launch", None):
+            step(y, None)
+            assert compiled.run.call_args == looked_for
+            step(x, None)
         assert compiled.run.call_args != looked_for
-        assert not launching.again(found, (y[1:], None), (2.0,))
-        assert not launching.again(None, (y, None), (2.0,))
-    assert compiled.run.call_count == 3
+        step(y[1:], None)
+        step(y, None)
+        launching.Launch(kernel, 0, (1.0,), {"desc": 3})(x, None)
+    assert kernel.__getitem__.return_value.call_count == 2
+    assert compiled.run.call_count == 4
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])

@@ -19,7 +19,7 @@ from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
-from fla.ops.common.once import once
+from fla.ops.common.once import keeping, once
 
 HEAD_LIMITS = {"K": 256, "V": 512}
 
@@ -37,6 +37,9 @@ class DecodingOptions(NamedTuple):
     scale: float
     window_size: int | None = None
     gate_scale: float = 1.0
+
+
+_CheckedDecoding = keeping(DecodingOptions)
 
 
 def _lacks_hopper(at: Problem) -> str | None:
@@ -69,10 +72,7 @@ def softmax_engine(
 ) -> Tensor:
     """Check the arguments and run: o [B, T, HQ, V]."""
     operands = q, k, v, g, sink_bias, cu_seqlens
-    _check(*operands)
-    window_size = _window(window_size)
-    scale = contract.scale_or_default(scale, q.shape[-1])
-    return _forward(*operands, Options(scale, window_size))[0]
+    return _forward(*operands, _checked(*operands, scale, window_size))[0]
 
 
 def decoding_engine(
@@ -88,30 +88,34 @@ def decoding_engine(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Check the arguments and run one step: o [1, N, HQ, V], without a gradient."""
-    _check_decoding(q, k, v, g, sink_bias, cu_seqlens)
-    window_size = _window(window_size)
-    scale = contract.scale_or_default(scale, q.shape[-1])
-    gate_scale = scale if do_gate_scale else 1.0
+    options = _checked_decoding(
+        q, k, v, g, sink_bias, cu_seqlens, scale, window_size, do_gate_scale
+    )
     tensors: Iterable[Tensor | None] = (q, k, v, g, sink_bias)
     if torch.is_grad_enabled():
         tensors = (None if x is None else x.detach() for x in tensors)
-    return _decoding(*tensors, cu_seqlens, DecodingOptions(scale, window_size, gate_scale))
+    return _decoding(*tensors, cu_seqlens, options)
 
 
 @once
-def _check(q, k, v, g, sink_bias, cu_seqlens) -> None:
-    """The shapes, dtypes and devices that the engine takes."""
-    _sizes(q, k, v, g, sink_bias, "B T", "B T")
+def _checked(q, k, v, g, sink_bias, cu_seqlens, scale, window_size) -> Options:
+    """The shapes, dtypes and devices that the engine takes, and the call's options."""
+    sizes = _sizes(q, k, v, g, sink_bias, "B T", "B T")
     contract.number_of_sequences(q, cu_seqlens)
+    return Options(contract.scale_or_default(scale, sizes["K"]), _window(window_size))
 
 
 @once
-def _check_decoding(q, k, v, g, sink_bias, cu_seqlens) -> None:
+def _checked_decoding(
+    q, k, v, g, sink_bias, cu_seqlens, scale, window_size, do_gate_scale: bool
+) -> DecodingOptions:
     """The same for decoding: a query for each sequence."""
     sizes = _sizes(q, k, v, g, sink_bias, "1 N", "1 T")
     N = 1 if cu_seqlens is None else contract.number_of_sequences(q, cu_seqlens)
     if sizes["N"] != N:
         raise ValueError(f"q: expected one query for each of {N} sequences, got {sizes['N']}")
+    scale = contract.scale_or_default(scale, sizes["K"])
+    return _CheckedDecoding(scale, _window(window_size), scale if do_gate_scale else 1.0)
 
 
 def _sizes(q, k, v, g, sink_bias, queries: str, keys: str) -> dict[str, int]:

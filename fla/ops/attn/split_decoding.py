@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fla.ops.attn.blocks import LEAST, STEEPEST_GATE, Call, Line, own, put_tile, tile
 from fla.ops.common.kernels import LOG2E, cdiv, first_slot, multiprocessors, power_of_two, product
-from fla.ops.common.launch import launch
+from fla.ops.common.launch import Launch
+from fla.ops.common.once import kept_by
 
 # BM is the most query heads of a program: those of a key head share what it reads, up to 32.  Three
 # blocks of keys and values on the way keep memory busy; larger heads fill it with two.
@@ -214,34 +215,46 @@ def merge_kernel(
 
 def run_decoding(q, k, v, g, sink, cu_seqlens, options) -> Tensor:
     """Launch ``split_kernel`` and ``merge_kernel``: o [1, N, HQ, V]."""
+    kept = kept_by(options)
+    V = v.shape[-1]  # of a part, where v is in parts
+    step = kept.get(V)
+    if step is None:
+        step = kept[V] = _Step(q, k, v, g is not None, cu_seqlens, options)
     N, HQ = q.shape[1:3]
-    T, H, V = v.shape[1:]
-    call = Call(k, v, cu_seqlens, options.scale, options.window_size)
-    line = call.choose(LINES)
-    BM = min(line.BM, max(power_of_two(HQ // H), 16))
-    size = power_of_two(cdiv(T * H, _PROGRAMS * multiprocessors(q.device)))
-    size = max(size, _FEWEST_KEYS)
-    splits = 0
-    slots = call.blocks(size)
-    if call.window is not None:
-        splits = cdiv(call.window, size)
-        slots = N * splits
     o = q.new_empty(1, N, HQ, V)
-    parts = q.new_empty(slots, HQ, V, dtype=torch.float32)
-    marks = q.new_empty(3, slots, HQ, dtype=torch.float32)
-    numbers = call.window, N, T, size, slots, splits
-    launch(
-        split_kernel,
-        slots * H * cdiv(HQ // H, BM),
-        (q, k, v, g, cu_seqlens, parts, marks),
-        (call.scale, options.gate_scale * LOG2E.value, *numbers),
-        {**call.constants, **line.constants, "G": HQ // H, "BM": BM},
-    )
-    launch(
-        merge_kernel,
-        N * HQ,
-        (parts, marks, sink, cu_seqlens, o),
-        numbers,
-        {"HQ": HQ, "V": V, "BS": _PARTS, "BV": call.constants["BV"], "GATED": g is not None},
-    )
+    parts = q.new_empty(step.slots, HQ, V, dtype=torch.float32)
+    marks = q.new_empty(3, step.slots, HQ, dtype=torch.float32)
+    step.split(q, k, v, g, cu_seqlens, parts, marks)
+    step.merge(parts, marks, sink, cu_seqlens, o)
     return o
+
+
+class _Step:
+    """The launches of a step of decoding, and how many parts of a head's output they pass on."""
+
+    def __init__(self, q, k, v, gated, cu_seqlens, options):
+        N, HQ = q.shape[1:3]
+        T, H, V = v.shape[1:]
+        call = Call(k, v, cu_seqlens, options.scale, options.window_size)
+        line = call.choose(LINES)
+        BM = min(line.BM, max(power_of_two(HQ // H), 16))
+        size = power_of_two(cdiv(T * H, _PROGRAMS * multiprocessors(q.device)))
+        size = max(size, _FEWEST_KEYS)
+        splits = 0
+        self.slots = call.blocks(size)
+        if call.window is not None:
+            splits = cdiv(call.window, size)
+            self.slots = N * splits
+        numbers = call.window, N, T, size, self.slots, splits
+        self.split = Launch(
+            split_kernel,
+            self.slots * H * cdiv(HQ // H, BM),
+            (call.scale, options.gate_scale * LOG2E.value, *numbers),
+            {**call.constants, **line.constants, "G": HQ // H, "BM": BM},
+        )
+        self.merge = Launch(
+            merge_kernel,
+            N * HQ,
+            numbers,
+            {"HQ": HQ, "V": V, "BS": _PARTS, "BV": call.constants["BV"], "GATED": gated},
+        )

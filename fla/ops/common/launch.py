@@ -44,7 +44,7 @@ def launch(
     """Launch ``programs`` programs of ``kernel``, in one dimension or two, where tensors[0] is.
 
     Its parameters stand in the order given here; tensors may be parts of workspaces, and
-    descriptors of tiles are among the numbers.  Returns what ``again`` takes, if it was found.
+    descriptors of tiles are among the numbers.  Returns what was found, if something was.
 
     Triton looks at every argument of a launch for all that a kernel may be compiled for, which
     takes the host longer than to launch what it finds.  Here little tells calls apart: integers are
@@ -91,14 +91,29 @@ def launch(
     return None
 
 
-def again(found: Found | None, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> bool:
-    """Launch what ``launch`` found for tensors and numbers that differ in values alone.
+class Launch:
+    """A launch that calls of the same shapes, dtypes and devices make again and again.
 
-    Where a tensor begins elsewhere than it takes for granted, or on another GPU than the current
-    one, nothing is launched and the answer is False; as where nothing was found.
+    All but tensors is the same then, and what Triton compiled is found once: for a step of decoding
+    the host takes longer to describe a launch than the GPU takes for it.
     """
-    if found is None:
-        return False
+
+    def __init__(
+        self, kernel: Any, programs: int, numbers: tuple[Any, ...], constants: dict[str, Any]
+    ):
+        self._what = kernel, programs, numbers, constants
+        self._found: Found | None = None
+
+    def __call__(self, *tensors: Any) -> None:
+        kernel, programs, numbers, constants = self._what
+        if not programs or (self._found is not None and _again(self._found, tensors, numbers)):
+            return
+        self._found = launch(kernel, programs, tensors, numbers, constants)
+
+
+def _again(found: Found, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> bool:
+    """Launch what was found; not where a tensor begins elsewhere than that takes for granted, or
+    lies on another GPU than the current one."""
     device = tensors[0].get_device()
     addresses = [None if x is None else x.data_ptr() for x in tensors]
     bits = 0

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.jit import is_tracing
 
+Options = TypeVar("Options", bound=tuple)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Answers of a function: lengths differ from batch to batch
@@ -48,3 +49,20 @@ def once(function: Function) -> Function:
         return found
 
     return answer  # type: ignore[return-value]
+
+
+def keeping(options: type[Options]) -> type[Options]:
+    """``options``, a NamedTuple, for arguments that are checked ``once``: calls of the same shapes,
+    dtypes and devices then share one object, in which ``kept_by`` finds what they have kept."""
+
+    class Checked(options):  # type: ignore[valid-type, misc]
+        def __init__(self, *_):
+            self.kept: dict[Any, Any] = {}
+
+    return Checked
+
+
+def kept_by(options: Any) -> dict[Any, Any]:
+    """What calls have kept; nothing where PyTorch has had the options in between."""
+    kept = getattr(options, "kept", None)
+    return {} if kept is None else kept

@@ -8,7 +8,7 @@ its own.  The operators take raw operands: norms, gates and sigmoids are their o
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from fla.ops.common import contract, dispatch
 from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
-from fla.ops.common.once import once
+from fla.ops.common.once import keeping, kept_by, once
 from fla.ops.common.sequences import Sequences
 from fla.ops.kda.gate import bound, gate_parameters
 
@@ -39,22 +39,8 @@ class Options(NamedTuple):
     intermediate_states: bool = False
     keep_operands: bool = False
 
-    @property
-    def kept(self) -> dict[Any, Any]:
-        """What is known of calls that differ in values alone; nothing."""
-        return {}
 
-
-class Checked(Options):
-    """The options of arguments that are checked, and what calls of their shapes, dtypes and devices
-    have found: these get the same one."""
-
-    def __init__(self, *fields: Any):
-        self._kept: dict[Any, Any] = {}
-
-    @property
-    def kept(self) -> dict[Any, Any]:
-        return self._kept
+Checked = keeping(Options)
 
 
 def _lacks_triton(at: Problem) -> str | None:
@@ -274,7 +260,7 @@ def _tail(options: Options) -> str:
     return "V K" if options.state_v_first else "K V"
 
 
-def _with_numbers(options: Options, K: int) -> Checked:
+def _with_numbers(options: Options, K: int) -> Options:
     scale = contract.scale_or_default(options.scale, K)
     return Checked(*options._replace(scale=scale, lower_bound=bound(options.lower_bound)))
 
@@ -291,10 +277,11 @@ def _known(h: Tensor, cu_seqlens, cu_seqlens_cpu, options: Options) -> Tensor:
 
 def _stages(q: Tensor, v: Tensor, options: Options, engine: Engine = ENGINE):
     chosen = engine, *dispatch.forced
-    stages = options.kept.get(chosen)
+    kept = kept_by(options)
+    stages = kept.get(chosen)
     if stages is None:
         stages = engine.choose(Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options))
-        options.kept[chosen] = stages
+        kept[chosen] = stages
     return stages
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fla.ops.common.kernels import cdiv, dense, power, power_of_two
 from fla.ops.common.lacking import begins_anew
-from fla.ops.common.launch import again, launch
+from fla.ops.common.launch import Launch
+from fla.ops.common.once import kept_by
 from fla.ops.kda.activations import L2NORM_EPS, beta_of, log_decay
 from fla.ops.kda.slots import sequence
 
@@ -161,35 +162,32 @@ def _launch(
     q, k, v, g, beta, A_log, dt_bias, cu_seqlens,
     state, o, final, indices, accepted, options, in_place,
 ):  # fmt: skip
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0]  # one more than sequences
-    slots = 0
+    kept = kept_by(options)
+    stride = 0 if state is None else state.stride(0)  # the only one that shapes do not tell
+    step = kept.get(stride)
+    if step is None:
+        slots = 0 if indices is None else indices.shape[1]
+        step = kept[stride] = _step(q, v, beta, cu_seqlens, stride, final, slots, options, in_place)
     if indices is not None:
-        indices, slots = indices.contiguous(), indices.shape[1]
+        indices = indices.contiguous()
         accepted = None if accepted is None else accepted.contiguous()
     read = dense(q, k, v, g, beta, A_log, dt_bias, cu_seqlens)
-    tensors = (*read, state, o, final, indices, accepted)
-    numbers = (
-        options.scale, options.lower_bound if options.gate else None, q.shape[1], rows, slots,
-    )  # fmt: skip
-    # A step of decoding takes the host longer than the GPU; how states lie no shape tells
-    stride = 0 if state is None else state.stride(0)
-    if again(options.kept.get(stride), tensors, numbers):
-        return
-    (H, K), (HV, V) = q.shape[2:], v.shape[2:]
+    step(*read, state, o, final, indices, accepted)
+
+
+def _step(q, v, beta, cu_seqlens, stride, final, slots, options, in_place) -> Launch:
+    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    rows = B if cu_seqlens is None else cu_seqlens.shape[0]  # one more than there are sequences
     BK = power_of_two(K)
     BV = min(power_of_two(V), _TILE // BK)
-    programs = rows * HV * cdiv(V, BV)
-    if not programs:
-        return
-    options.kept[stride] = launch(
+    return Launch(
         recurrent_kernel,
-        programs,
-        tensors,
-        numbers,
+        rows * HV * cdiv(V, BV),
+        (options.scale, options.lower_bound if options.gate else None, T, rows, slots),
         {
             "H": H, "HV": HV, "K": K, "V": V, "BK": BK, "BV": BV,
-            "KEYS": 1 if options.state_v_first else 0, "STATE": stride,
-            "FINAL": 0 if final is None else final.stride(0),
+            "KEYS": 1 if options.state_v_first else 0,
+            "STATE": stride, "FINAL": 0 if final is None else final.stride(0),
             "QK_L2NORM": options.qk_l2norm, "GATE": options.gate,
             "BETA_SIGMOID": options.beta_sigmoid, "BETA_RANGE": 2 if options.neg_eigval else 1,
             "CHANNELWISE": beta.dim() == 4, "IN_PLACE": in_place, "num_warps": 1,
