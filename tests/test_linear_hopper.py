@@ -40,7 +40,7 @@ for case in hopper_cases():
         mock.patch.object(stages, "SMALLEST", 1),
         mock.patch.object(hopper_walk, "rounded", lambda x: x),  # as operands in fp32 are not
         mock.patch.object(
-            portable, "sums_of", lambda at, g, dtype, back: sums_of(at, g, torch.bfloat16, back)
+            portable, "sums_of", lambda at, q, g, back: sums_of(at, q.bfloat16(), g, back)
         ),
         mock.patch.object(hopper_walk, "launch", wraps=hopper_walk.launch) as launched,
     ):
@@ -65,7 +65,7 @@ assert not expected[:, 230:].any() and found[:, 70:150].isnan().any()
 # The weights of tokens that are not there are as large as steep decays make them
 q, k, v, do = torch.randn(4, 1, 100, 2, 64)
 with mock.patch.object(stages, "SMALLEST", 1):
-    given = do, None, None, q, k, v, torch.full((1, 100, 2), -150.0), *[None] * 6
+    given = do, None, None, q, k, v, torch.full((1, 100, 2), -150.0), *[None] * 8
     assert all(x.isfinite().all() for x in stages.backward(*given, engine.Options(4.0))[:4])
 """
 
@@ -107,7 +107,7 @@ def call(
         mock.patch.object(blocks, "multiprocessors", lambda device: many),
     ):
         hopper.forward(*arguments, options)
-        hopper.backward(v, kv, None, *arguments, None, None, options)
+        hopper.backward(v, kv, None, *arguments, *[None] * 4, options)
 
 
 @pytest.mark.parametrize(

@@ -120,9 +120,9 @@ def call(case, gate=None, packed=False, normalize=False, states=None, T=130, H=2
     z = torch.zeros(1, 1, H, K, dtype=states) if states and normalize else None
     dkv, dz = (None if x is None else x.float() for x in (kv, z))
     with mock.patch.object(blocks, "shared_memory", lambda device: shared):
-        o, _, _, norm = kernels.forward(q, k, v, g, g_gamma, kv, z, cu_seqlens, options)
+        o, _, _, *kept = kernels.forward(q, k, v, g, g_gamma, kv, z, cu_seqlens, options)
         kernels.backward(
-            v, dkv, dz, q, k, v, g, g_gamma, kv, z, cu_seqlens, o, norm, options
+            v, dkv, dz, q, k, v, g, g_gamma, kv, z, cu_seqlens, o, *kept, options
         )  # fmt: skip
 
 

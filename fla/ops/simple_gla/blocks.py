@@ -155,15 +155,23 @@ def decay_kernel(
                 tl.store(rests + at, b_x - b_sum.to(tl.float64), mask=mask)
 
 
-def sums_of(
-    sequences: Sequences, g: Tensor | None, dtype: torch.dtype, reverse: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Sums [H, tokens] of a gate, and for fp32 operands their rests."""
+def new_sums(q: Tensor, g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the sums [H, tokens] of a gate, and for fp32 operands for their rests."""
     if g is None:
         return None, None
-    H, tokens = g.shape[2], sequences.B * sequences.T
-    sums = g.new_empty(H, tokens, dtype=torch.float32)
-    rests = torch.empty_like(sums) if dtype == torch.float32 else None
+    B, T, H = g.shape
+    sums = g.new_empty(H, B * T, dtype=torch.float32)
+    return sums, torch.empty_like(sums) if q.dtype == torch.float32 else None
+
+
+def sums_of(
+    sequences: Sequences, q: Tensor, g: Tensor | None, reverse: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """``new_sums``, made."""
+    sums, rests = new_sums(q, g)
+    if g is None or sums is None:
+        return None, None
+    H, tokens = sums.shape
     BH = min(power_of_two(H), 16)
     launch(
         decay_kernel,

@@ -27,8 +27,13 @@ _LOG2_E = math.log2(math.e)
 _Run = tuple[int, int]  # slots [start, stop)
 
 
+def new_sums(q, g) -> tuple[None, None]:
+    """Nothing: a chunk's sums are made where they are used."""
+    return None, None
+
+
 def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options):
-    """Return o [B, T, H, V], the final state and z, and the normaliser [B, T, H]."""
+    """Return o [B, T, H, V], the final state and z, the normaliser [B, T, H], and no sums."""
     walk = _Walk(q, k, v, g, g_gamma, cu_seqlens, options)
     V = v.shape[-1]
     o = walk.chunks.buffer(v, *v.shape[2:])
@@ -49,6 +54,8 @@ def forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options):
         absent(q) if state is None else state,
         absent(q) if z is None else z,
         absent(q) if norm is None else walk.chunks.tokens(norm),
+        None,
+        None,
     )
 
 
@@ -66,8 +73,9 @@ def _output(walk: _Walk, run: _Run, carry: Carry, states: Tensor) -> Tensor:
 
 
 def backward(
-    do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, options
-):
+    do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, sums,
+    rests, options,
+):  # fmt: skip
     """Return the gradients of q, k, v, g, the initial state and the initial z.
 
     With P = dA ∘ A, a token's log-decay is in every pair that it stands between.  What pairs inside

@@ -81,7 +81,7 @@ def linear_engine(
     _check(q, k, v, g, g_gamma, initial_state, initial_z, state_v_first, cu_seqlens, cu_seqlens_cpu)
     if chunk_size is not None:
         contract.one_of("chunk_size", chunk_size, CHUNK_SIZES)
-    o, state, z, _ = _forward(
+    o, state, z, *_ = _forward(
         q,
         k,
         v,
@@ -148,14 +148,16 @@ def _run_forward(
 
 
 def _run_backward(
-    q, do, dstate, dz, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, options
-):
+    q, do, dstate, dz, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, sums,
+    rests, options,
+):  # fmt: skip
     stages = ENGINE.choose(_problem(q, v, options))
     if do is None:
         do = v.new_zeros(v.shape)
     return stages.backward(
-        do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, options
-    )
+        do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, sums,
+        rests, options,
+    )  # fmt: skip
 
 
 def _run_attention_map(q, k, g, options):
@@ -175,10 +177,13 @@ def _fake_forward(q, k, v, g, g_gamma, state, z, cu_seqlens, cu_seqlens_cpu, opt
             final_z = q.new_empty(N, 1, H, K, dtype=dtype)
     if options.normalize:
         norm = q.new_empty(B, T, H, dtype=dtype)
-    return v.new_empty(v.shape), final, final_z, norm
+    sums, rests = ENGINE.choose(_problem(q, v, options)).new_sums(q, g)
+    if rests is None:
+        rests = absent(q)
+    return v.new_empty(v.shape), final, final_z, norm, absent(q) if sums is None else sums, rests
 
 
-def _fake_backward(q, do, dstate, dz, k, v, g, g_gamma, state, z, cu_seqlens, o, norm, options):
+def _fake_backward(q, do, dstate, dz, k, v, g, g_gamma, state, z, *others):
     return tuple(
         absent(q) if each is None else each.new_empty(each.shape) for each in (q, k, v, g, state, z)
     )
@@ -191,7 +196,8 @@ _OPTIONS = (
 _forward = Operator(
     "linear_forward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, "
     "Tensor? initial_state, Tensor? initial_z, Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, "
-    f"{_OPTIONS}) -> (Tensor o, Tensor state, Tensor z, Tensor norm)",
+    f"{_OPTIONS}) -> (Tensor o, Tensor state, Tensor z, Tensor norm, Tensor sums, "
+    "Tensor rests)",
     _run_forward,
     _fake_forward,
     Options,
@@ -199,7 +205,7 @@ _forward = Operator(
 _backward = Operator(
     "linear_backward(Tensor q, Tensor? do, Tensor? dstate, Tensor? dz, Tensor k, Tensor v, "
     "Tensor? g, Tensor? g_gamma, Tensor? initial_state, Tensor? initial_z, Tensor? cu_seqlens, "
-    f"Tensor? o, Tensor norm, {_OPTIONS}) "
+    f"Tensor? o, Tensor norm, Tensor sums, Tensor rests, {_OPTIONS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dstate, Tensor dz)",
     _run_backward,
     _fake_backward,
@@ -215,17 +221,17 @@ _attention_map = Operator(
 
 def _save(ctx, operands, output) -> None:
     q, k, v, g, g_gamma, state, z, cu_seqlens, _ = operands
-    o, _, _, norm = output
+    o, _, _, *kept = output
     if not ctx.options.normalize:
         o = None  # only the normaliser asks for it, and callers may want to write over it
-    ctx.save_for_backward(q, k, v, g, g_gamma, state, z, cu_seqlens, o, norm)
-    ctx.mark_non_differentiable(norm)
+    ctx.save_for_backward(q, k, v, g, g_gamma, state, z, cu_seqlens, o, *kept)
+    ctx.mark_non_differentiable(*kept)
 
 
-def _gradients(ctx, do, dstate, dz, _):
-    q, k, v, g, g_gamma, state, z, cu_seqlens, o, norm = ctx.saved_tensors
+def _gradients(ctx, do, dstate, dz, *_):
+    q, k, v, g, g_gamma, state, z, cu_seqlens, o, *kept = ctx.saved_tensors
     dq, dk, dv, dg, dstate, dz = _backward(
-        q, do, dstate, dz, k, v, g, g_gamma, state, z, cu_seqlens, o, norm, ctx.options
+        q, do, dstate, dz, k, v, g, g_gamma, state, z, cu_seqlens, o, *kept, ctx.options
     )
     dg, dstate, dz = (
         None if given is None else gradient

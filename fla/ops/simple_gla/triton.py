@@ -12,7 +12,7 @@ from fla.ops.common.kernels import dense
 from fla.ops.common.sequences import Sequences
 from fla.ops.simple_gla import attention_map as maps
 from fla.ops.simple_gla import eager
-from fla.ops.simple_gla.blocks import Call, sums_of
+from fla.ops.simple_gla.blocks import Call, new_sums, sums_of
 from fla.ops.simple_gla.gate import gate_gradient
 from fla.ops.simple_gla.normalizer import normalizer_gradient
 from fla.ops.simple_gla.segments import summarise
@@ -22,17 +22,19 @@ from fla.ops.simple_gla.walk import LINES, walk
 def forward(
     q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options, walk=walk, at_once=2
 ):
-    """Return o [B, T, H, V], the final state and z, and the normaliser [B, T, H].
+    """Return o [B, T, H, V], the final state and z, the normaliser [B, T, H], and a gate's sums.
 
     Of the ``walk``'s programs ``at_once`` run side by side on a multiprocessor.
     """
     if not q.numel() or not v.numel():  # nothing to launch
-        return eager.forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options)
+        results = eager.forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options)
+        return *results[:4], *new_sums(q, g)
     q, k, v, g_gamma, initial_state, initial_z, cu_seqlens = dense(
         q, k, v, g_gamma, initial_state, initial_z, cu_seqlens
     )
     call = Call(q, v, cu_seqlens, options)
-    decays = *sums_of(call.sequences, g, q.dtype, options.reverse), g_gamma
+    sums, rests = sums_of(call.sequences, q, g, options.reverse)
+    decays = sums, rests, g_gamma
     starts = initial_state, initial_z
     final = final_z = None
     if options.output_final_state:
@@ -52,24 +54,27 @@ def forward(
         cu_seqlens=cu_seqlens, scale=options.scale, segment=segment, v_first=options.state_v_first,
         new_norm=options.normalize,
     )  # fmt: skip
-    return o, final, final_z, norm
+    return o, final, final_z, norm, sums, rests
 
 
 def backward(
-    do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, options,
-    walk=walk, at_once=2,
+    do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, sums, rests,
+    options, walk=walk, at_once=2,
 ):  # fmt: skip
     """Return the gradients of q, k, v, g, the initial state and the initial z."""
     if not q.numel() or not v.numel():
         return eager.backward(
             do, dstate, dz, q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm,
-            options,
+            sums, rests, options,
         )  # fmt: skip
     do, dstate, dz, q, k, v, g_gamma, initial_state, initial_z, cu_seqlens = dense(
         do, dstate, dz, q, k, v, g_gamma, initial_state, initial_z, cu_seqlens
     )
     call = Call(q, v, cu_seqlens, options)
-    decays = *sums_of(call.sequences, g, q.dtype, options.reverse), g_gamma
+    sums, rests = (None if x is None or not x.numel() else x for x in (sums, rests))
+    if sums is None:  # no gate, or the forward pass was another implementation's
+        sums, rests = sums_of(call.sequences, q, g, options.reverse)
+    decays = sums, rests, g_gamma
     norm, dnorm = (norm, normalizer_gradient(do, o)) if options.normalize else (None, None)
     starts, dstarts = (initial_state, initial_z), (dstate, dz)
     ends = tuple(None if x is None else torch.empty_like(x) for x in starts)
@@ -105,5 +110,5 @@ def backward(
 
 def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float) -> Tensor:
     """A_ij = scale q_i·k_j exp(G_i − G_j) for j ≤ i, [B, H, T, T]."""
-    sums, rests = sums_of(Sequences.of(q, None), g, q.dtype, False)
+    sums, rests = sums_of(Sequences.of(q, None), q, g, False)
     return maps.attention_map(q.contiguous(), k.contiguous(), sums, rests, scale)
