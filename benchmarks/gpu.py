@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         type=float,
         default=1200,
         metavar="SECONDS",
-        help="with each engine, of which the rows until then count (default: %(default)g)",
+        help="with fla-core in each engine, its rows until then count (default: %(default)g)",
     )
     parser.add_argument("--library", help="measure this one here and print lines of JSON")
     parser.add_argument("--first-call", action="store_true", help="of --library, instead of rows")
@@ -162,11 +162,12 @@ def _compile(suite: Suite, calls: list[tuple[str, Row]], shares: int = 1) -> Non
         with (
             mock.patch("triton.testing.do_bench", once),
             mock.patch.object(Autotuner, "prune_configs", share),
-            mock.patch("benchmarks.suite.in_fp64"),
+            mock.patch(f"{type(calls[0][1]).__module__}.in_fp64"),  # the suite's own
             mock.patch("benchmarks.suite.errors"),
         ):
             for library, row in calls[first // shares :: processes // shares]:
-                _measure(suite, library, row)
+                if "problem" in (found := _measure(suite, library, row)):
+                    print(f"compiling {library}: {row.name}: {_said(found)}", file=sys.stderr)
 
     def once(run: Callable[[], Any], *_: Any, **__: Any) -> float:
         run()
@@ -221,7 +222,8 @@ def _found(
 ) -> dict[str, dict[str, Found]]:
     """One library after the other, the peer on the other GPUs meanwhile where there are any.
 
-    Its search for launches takes minutes and would show in what is measured on the same GPU.
+    Its search for launches takes minutes and would show in what is measured on the same GPU, where
+    it comes last.
     """
     here, *others = _gpus()
     apart = functools.partial(_apart, engine, options, time.monotonic() + options.patience)
@@ -229,10 +231,9 @@ def _found(
         cache, claims = Path(place, "cache"), Path(place, "claims")
         claims.mkdir()
 
-        def peers(gpus: list[str]) -> list[Future[dict[str, Found]]]:
-            """The processes that share its rows."""
-            gpus = gpus if PEER in libraries else []
-            return [beside.submit(apart, PEER, "--claims", str(claims), gpu=gpu) for gpu in gpus]
+        def peer(gpu: str) -> Future[dict[str, Found]]:
+            """One of the processes that share its rows."""
+            return beside.submit(apart, PEER, "--claims", str(claims), gpu=gpu)
 
         compiling = [
             beside.submit(apart, name, "--compile", gpu=gpu)
@@ -241,12 +242,12 @@ def _found(
         ]
         for each in compiling:
             each.result()
-        running = peers(others)
+        running = [peer(gpu) for gpu in others if PEER in libraries]
         found = {name: apart(name, gpu=here) for name in libraries if name != PEER}
         if suite.first_call:
             found["ours"] |= apart("ours", "--first-call", gpu=here, cache=str(cache))
-        answers = [each.result() for each in running + peers([here])]
         if PEER in libraries:
+            answers = [each.result() for each in (*running, peer(here))]
             found[PEER] = dict(itertools.chain.from_iterable(x.items() for x in answers))
     return found
 
@@ -268,12 +269,14 @@ def _apart(
 ) -> dict[str, Found]:
     """What ``work`` says in a process that finds ``fla`` in the library's directory, on one GPU.
 
-    fla-core would keep on disk what its search for launches finds, and find it again where it is
-    measured: of what is compiled side by side, where nothing is timed, that is any launch.
+    fla-core has time ``until`` then.  It would keep on disk what its search for launches finds, and
+    find it again where it is measured: of what is compiled side by side, where nothing is timed,
+    that is any launch.
     """
+    seconds = max(until - time.monotonic(), 1) if library == PEER else 0  # which is no limit
     command = [sys.executable, "-m", "benchmarks", "gpu", "--only", engine, "--library", library]
     process = subprocess.Popen(
-        ["timeout", str(max(until - time.monotonic(), 1)), *command, "--rows", options.rows, *more],
+        ["timeout", str(seconds), *command, "--rows", options.rows, *more],
         cwd=options.peer if library == PEER else ROOT,  # comes first among the paths
         env={
             **os.environ,

@@ -116,6 +116,25 @@ def test_serving_writes_nothing_while_a_call_begins_anew():
     assert torch.equal(v, before)
 
 
+def test_wherever_the_output_lies_the_kernel_writes_its_dtype():
+    from fla.ops.kda import recurrent
+
+    x, pool = torch.zeros(2, 1, 1, 16), torch.zeros(2, 1, 16, 16)
+    out = torch.ones(2, 2, 1, 16, dtype=torch.float64)
+    written = []
+
+    def write(*tensors):
+        written.append(tensors[9].dtype)
+        tensors[9].zero_()
+
+    with mock.patch.object(recurrent, "Launch", lambda *_: write):
+        for given in (out[:, :1].contiguous(), out[:, :1]):
+            operands = x, x, x, x, x[..., 0], None, None, pool, given, None, None, None
+            recurrent.serve(*operands, Options(1.0))
+            assert not given.any()
+    assert written == [torch.float64] * 2
+
+
 def test_a_step_like_one_before_is_not_described_again():
     """Where shapes and strides are the same, and only if a call's arguments have been checked."""
     from fla.ops.kda import recurrent

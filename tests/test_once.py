@@ -11,6 +11,7 @@ import torch
 
 from fla import ops
 from fla.ops.common import contract, dispatch, once
+from fla.ops.kda import engine as kda
 
 
 def test_a_check_that_passed_is_not_made_again():
@@ -71,6 +72,22 @@ def test_a_problem_that_has_no_hash_is_met_anew():
     for each in (problem, problem, problem._replace(options=[1]), problem._replace(options=[1])):
         assert engine.choose(each).__name__ == "fla.ops.kda.eager"
     assert len(asked) == 3
+
+
+def test_what_calls_of_the_same_shapes_find_they_share():
+    """But not what another implementation was found, by force."""
+    x = torch.zeros(1, 4, 1, 8)
+    engine, options = kda.ENGINE, [
+        kda._checked(*[each] * 4, each[..., 0], *[None] * 5, kda.Options(scale))
+        for each, scale in ((x, None), (x.clone(), None), (x, 2.0), (x.half(), None))
+    ]  # fmt: skip
+    assert options[0] is options[1] and len({id(once.found_by(each)) for each in options}) == 3
+    with dispatch.use("eager"):
+        assert engine.stages(x, x, options[0]).__name__ == "fla.ops.kda.eager"
+    assert not once.found_by(options[0])
+    stages = engine.stages(x, x, options[0])
+    assert once.found_by(options[1]) == {engine: stages}
+    assert not once.found_by(options[0]._replace(scale=1.0)) and not once.found_by(kda.Options())
 
 
 def test_head_sizes_stay_symbols_in_a_graph():

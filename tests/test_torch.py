@@ -20,7 +20,13 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from fla import ops
+from fla.modules.conv import engine as conv
+from fla.modules.norm import engine as norm
+from fla.ops.attn import engine as attn
 from fla.ops.common.boundary import Operator
+from fla.ops.kda import engine as kda
+from fla.ops.kda import gate
+from fla.ops.simple_gla import engine as simple_gla
 from fla.testing import Shape
 from fla.testing.compare import named_results, relative_error
 
@@ -86,6 +92,18 @@ def test_shapes_and_strides_are_foretold(spec, variant):
     assert calls
     for operator, args in calls:
         torch.library.opcheck(operator._dispatched, args, test_utils="test_faketensor")
+
+
+def test_options_are_the_last_of_what_pytorch_is_shown():
+    """In their order; without defaults, which the dispatcher would leave out."""
+    engines = attn, simple_gla, kda, gate, conv, norm
+    operators = [x for each in engines for x in vars(each).values() if isinstance(x, Operator)]
+    assert len(operators) == 15
+    for operator in operators:
+        fields = operator._options._fields
+        last = operator._dispatched._schema.arguments[-len(fields) :]
+        assert tuple(x.name for x in last) == fields
+        assert not any(x.has_default_value() for x in last)
 
 
 def test_the_old_name_of_the_layout_compiles():

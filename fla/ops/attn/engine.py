@@ -19,7 +19,7 @@ from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
-from fla.ops.common.once import keeping, once
+from fla.ops.common.once import finding, once
 
 HEAD_LIMITS = {"K": 256, "V": 512}
 
@@ -39,7 +39,7 @@ class DecodingOptions(NamedTuple):
     gate_scale: float = 1.0
 
 
-_CheckedDecoding = keeping(DecodingOptions)
+_Checked, _CheckedDecoding = finding(Options), finding(DecodingOptions)
 
 
 def _lacks_hopper(at: Problem) -> str | None:
@@ -102,7 +102,7 @@ def _checked(q, k, v, g, sink_bias, cu_seqlens, scale, window_size) -> Options:
     """The shapes, dtypes and devices that the engine takes, and the call's options."""
     sizes = _sizes(q, k, v, g, sink_bias, "B T", "B T")
     contract.number_of_sequences(q, cu_seqlens)
-    return Options(contract.scale_or_default(scale, sizes["K"]), _window(window_size))
+    return _Checked(contract.scale_or_default(scale, sizes["K"]), _window(window_size))
 
 
 @once
@@ -146,22 +146,18 @@ def _nothing_to_see(q: Tensor, k: Tensor, v: Tensor, options: Options | Decoding
     return options.window_size == 0 or not (q.numel() and k.numel() and v.numel())
 
 
-def _problem(q: Tensor, v: Tensor, options: Options | DecodingOptions) -> Problem:
-    return Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options)
-
-
 def _run_forward(q, k, v, g, sink_bias, cu_seqlens, options):
     contract.boundaries(cu_seqlens, None, q.shape[1])
     if _nothing_to_see(q, k, v, options):
         return tuple(x.zero_() for x in _fake_forward(q, k, v))
-    stages = ENGINE.choose(_problem(q, v, options))
+    stages = ENGINE.stages(q, v, options)
     return stages.forward(q, k, v, g, sink_bias, cu_seqlens, options)
 
 
 def _run_backward(q, do, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     if _nothing_to_see(q, k, v, options):
         return tuple(x.zero_() for x in _fake_backward(q, do, k, v, g, sink_bias))
-    stages = ENGINE.choose(_problem(q, v, options))
+    stages = ENGINE.stages(q, v, options)
     return stages.backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options)
 
 
@@ -169,7 +165,7 @@ def _run_decoding(q, k, v, g, sink_bias, cu_seqlens, options):
     contract.boundaries(cu_seqlens, None, k.shape[1])
     if _nothing_to_see(q, k, v, options):
         return _fake_decoding(q, k, v).zero_()
-    stages = DECODING.choose(_problem(q, v, options))
+    stages = DECODING.stages(q, v, options)
     return stages.decode(q, k, v, g, sink_bias, cu_seqlens, options)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fla.ops.attn.blocks import LEAST, STEEPEST_GATE, Call, Line, own, put_tile, tile
 from fla.ops.common.kernels import LOG2E, cdiv, first_slot, multiprocessors, power_of_two, product
 from fla.ops.common.launch import Launch
-from fla.ops.common.once import kept_by
+from fla.ops.common.once import found_by
 
 # BM is the most query heads of a program: those of a key head share what it reads, up to 32.  Three
 # blocks of keys and values on the way keep memory busy; larger heads fill it with two.
@@ -215,11 +215,10 @@ def merge_kernel(
 
 def run_decoding(q, k, v, g, sink, cu_seqlens, options) -> Tensor:
     """Launch ``split_kernel`` and ``merge_kernel``: o [1, N, HQ, V]."""
-    kept = kept_by(options)
-    V = v.shape[-1]  # of a part, where v is in parts
-    step = kept.get(V)
+    found, V = found_by(options), v.shape[-1]  # of a part, where v is in parts
+    step = found.get((_Step, V))
     if step is None:
-        step = kept[V] = _Step(q, k, v, g is not None, cu_seqlens, options)
+        step = found[_Step, V] = _Step(q, k, v, g is not None, cu_seqlens, options)
     N, HQ = q.shape[1:3]
     o = q.new_empty(1, N, HQ, V)
     parts = q.new_empty(step.slots, HQ, V, dtype=torch.float32)

@@ -25,8 +25,8 @@ _library = torch.library.Library("fla", "FRAGMENT")
 class Operator:
     """``fla::name``, from its schema, what it does and the shapes it returns.
 
-    It is called with operands and, last, what the call wants beside them, an ``options``, a
-    NamedTuple of numbers and flags.  PyTorch knows nothing but its fields, the schema's last.
+    It is called with operands and, last, what the call wants beside them, an ``options``, which is
+    a NamedTuple without tensors.  PyTorch knows nothing but its fields, the schema's last.
     """
 
     def __init__(

@@ -30,19 +30,17 @@ def public(function: Function) -> Function:
     """Make an unknown keyword, or a flag that is no flag, a TypeError that says what is meant."""
     parameters = inspect.signature(function).parameters
     names = frozenset(parameters)
-    flags = [name for name, each in parameters.items() if isinstance(each.default, bool)]
+    flags = {name for name, each in parameters.items() if isinstance(each.default, bool)}
     places = [(i, name) for i, name in enumerate(parameters) if name in flags]
 
     @functools.wraps(function)
     def face(*args, **kwargs):
-        if not names.issuperset(kwargs):
-            name = next(name for name in kwargs if name not in names)
-            hint = f": {_HINTS[name]}" if name in _HINTS else ""
-            raise TypeError(f"{name}: {function.__qualname__} has no such argument{hint}")
-        for name in flags:
-            value = kwargs.get(name, True)
-            if value is not True and value is not False:
-                kwargs[name] = _flag(name, value)
+        for name in kwargs:
+            if name not in names:
+                hint = f": {_HINTS[name]}" if name in _HINTS else ""
+                raise TypeError(f"{name}: {function.__qualname__} has no such argument{hint}")
+            if name in flags and not isinstance(kwargs[name], bool):
+                kwargs[name] = _flag(name, kwargs[name])
         for i, name in places:
             if i >= len(args):
                 break

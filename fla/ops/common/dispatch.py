@@ -17,10 +17,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from fla.ops.common.once import once
+from fla.ops.common.once import found_by, once
 
 # Names given to ``use``, innermost last.  For all threads: autograd runs backwards in its own.
-forced: list[str] = []
+_forced: list[str] = []
 
 
 class Problem(NamedTuple):
@@ -63,8 +63,22 @@ class Engine:
 
     def choose(self, problem: Problem) -> Any:
         """The module to call."""
-        if forced:
-            return self._named(forced[-1], problem)
+        if _forced:
+            return self._named(_forced[-1], problem)
+        return self._unforced(problem)
+
+    def stages(self, q: torch.Tensor, v: torch.Tensor, options: Any) -> Any:
+        """The module to call for heads of q and v, which calls that share ``options`` find once."""
+        if _forced:
+            return self.choose(Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options))
+        found = found_by(options)
+        stages = found.get(self)
+        if stages is None:
+            problem = Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options)
+            stages = found[self] = self._unforced(problem)
+        return stages
+
+    def _unforced(self, problem: Problem) -> Any:
         found, reason = self._best(problem)
         if reason is not None:
             self._warn(reason)
@@ -100,8 +114,8 @@ class Engine:
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
     """Inside, every engine runs its implementation ``name`` or says why it cannot."""
-    forced.append(name)
+    _forced.append(name)
     try:
         yield
     finally:
-        forced.pop()
+        _forced.pop()

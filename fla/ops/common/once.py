@@ -51,18 +51,18 @@ def once(function: Function) -> Function:
     return answer  # type: ignore[return-value]
 
 
-def keeping(options: type[Options]) -> type[Options]:
+def finding(options: type[Options]) -> type[Options]:
     """``options``, a NamedTuple, for arguments that are checked ``once``: calls of the same shapes,
-    dtypes and devices then share one object, in which ``kept_by`` finds what they have kept."""
+    dtypes and devices then have one object in common, by which they share what they find."""
 
     class Checked(options):  # type: ignore[valid-type, misc]
         def __init__(self, *_):
-            self.kept: dict[Any, Any] = {}
+            self.found: dict[Any, Any] = {}
 
     return Checked
 
 
-def kept_by(options: Any) -> dict[Any, Any]:
-    """What calls have kept; nothing where PyTorch has had the options in between."""
-    kept = getattr(options, "kept", None)
-    return {} if kept is None else kept
+def found_by(options: Any) -> dict[Any, Any]:
+    """What calls have found; nothing where PyTorch has had the options in between."""
+    found = getattr(options, "found", None)
+    return {} if found is None else found

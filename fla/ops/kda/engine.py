@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fla.ops.common import contract, dispatch
+from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
-from fla.ops.common.once import keeping, kept_by, once
+from fla.ops.common.once import finding, once
 from fla.ops.common.sequences import Sequences
 from fla.ops.kda.gate import bound, gate_parameters
 
@@ -40,7 +40,7 @@ class Options(NamedTuple):
     keep_operands: bool = False
 
 
-Checked = keeping(Options)
+Checked = finding(Options)
 
 
 def _lacks_triton(at: Problem) -> str | None:
@@ -275,16 +275,6 @@ def _known(h: Tensor, cu_seqlens, cu_seqlens_cpu, options: Options) -> Tensor:
     return h[:, : int(((cu_seqlens_cpu.diff() + C - 1) // C).sum())]
 
 
-def _stages(q: Tensor, v: Tensor, options: Options, engine: Engine = ENGINE):
-    chosen = engine, *dispatch.forced
-    kept = kept_by(options)
-    stages = kept.get(chosen)
-    if stages is None:
-        stages = engine.choose(Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options))
-        kept[chosen] = stages
-    return stages
-
-
 def _run_forward(
     q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, options
 ):
@@ -295,7 +285,7 @@ def _run_forward(
             "return_intermediate_states: expected False outside of torch.inference_mode(), got True"
         )
     operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
-    return _stages(q, v, options).forward(*operands, options)
+    return ENGINE.stages(q, v, options).forward(*operands, options)
 
 
 def _run_backward(
@@ -305,7 +295,7 @@ def _run_backward(
         do = v.new_zeros(v.shape)
     operands = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
     engine = CHANNELWISE_BACKWARD if beta.dim() == 4 else ENGINE
-    return _stages(q, v, options, engine).backward(do, dstate, *operands, options, kept)
+    return engine.stages(q, v, options).backward(do, dstate, *operands, options, kept)
 
 
 def _run_serve(
@@ -316,7 +306,7 @@ def _run_serve(
         indices = indices[:, None]
     _check_slot_values(state, cu_seqlens, q.shape[1], indices, accepted)
     operands = q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, accepted
-    _stages(q, v, options).serve(*operands, options)
+    ENGINE.stages(q, v, options).serve(*operands, options)
 
 
 def _fake_forward(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, cu_seqlens_cpu, options):
@@ -329,7 +319,7 @@ def _fake_forward(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, cu_seqlen
     if options.intermediate_states:
         chunks = Sequences.of(q, cu_seqlens).most_chunks(options.chunk_size)
         h = k.new_empty(B, chunks, HV, *tail)
-    kept = _stages(q, v, options).kept(q, v, cu_seqlens, options)
+    kept = ENGINE.stages(q, v, options).kept(q, v, cu_seqlens, options)
     return v.new_empty(v.shape), final, h, kept
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fla.ops.common.kernels import cdiv, dense, power, power_of_two
 from fla.ops.common.lacking import begins_anew
 from fla.ops.common.launch import Launch
-from fla.ops.common.once import kept_by
+from fla.ops.common.once import found_by
 from fla.ops.kda.activations import L2NORM_EPS, beta_of, log_decay
 from fla.ops.kda.slots import sequence
 
@@ -140,7 +140,7 @@ def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options
 
 def serve(q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, accepted, options):
     """One token after another for all sequences at once; ``state`` and ``out`` are written."""
-    o = out if out.is_contiguous() else v.new_empty(v.shape)
+    o = out if out.is_contiguous() else torch.empty_like(out, memory_format=_DENSE)
     pool = state if _whole_rows(state) else state.contiguous()
     operands = q, k, v, g, beta, A_log, dt_bias, cu_seqlens
     _launch(*operands, pool, o, pool, indices, accepted, options, in_place=True)
@@ -162,12 +162,14 @@ def _launch(
     q, k, v, g, beta, A_log, dt_bias, cu_seqlens,
     state, o, final, indices, accepted, options, in_place,
 ):  # fmt: skip
-    kept = kept_by(options)
-    stride = 0 if state is None else state.stride(0)  # the only one that shapes do not tell
-    step = kept.get(stride)
+    # Shapes and dtypes follow from the arguments, which were checked; where states lie does not
+    stride = 0 if state is None else state.stride(0)
+    found = found_by(options)
+    step = found.get((_step, stride))
     if step is None:
         slots = 0 if indices is None else indices.shape[1]
-        step = kept[stride] = _step(q, v, beta, cu_seqlens, stride, final, slots, options, in_place)
+        step = _step(q, v, beta, cu_seqlens, stride, final, slots, options, in_place)
+        found[_step, stride] = step
     if indices is not None:
         indices = indices.contiguous()
         accepted = None if accepted is None else accepted.contiguous()

@@ -33,6 +33,12 @@ class Options(NamedTuple):
     output_final_state: bool = False
 
 
+class _MapOptions(NamedTuple):
+    """The same for the map of attention."""
+
+    scale: float
+
+
 def _lacks_hopper(problem: Problem) -> str | None:
     reason = lacks_hopper(problem.device, problem.dtype, "linear walk")
     if reason is not None:
@@ -131,19 +137,15 @@ def _check(
 
 def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float | None) -> Tensor:
     """A_ij = scale q_i·k_j exp(G_i − G_j) for j ≤ i, [B, H, T, T], without a gradient."""
-    options = Options(contract.scale_or_default(scale, q.shape[-1]))
+    options = _MapOptions(contract.scale_or_default(scale, q.shape[-1]))
     return _attention_map(q.detach(), k.detach(), None if g is None else g.detach(), options)
-
-
-def _problem(q: Tensor, v: Tensor, options: Options) -> Problem:
-    return Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options)
 
 
 def _run_forward(
     q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, cu_seqlens_cpu, options
 ):
     contract.boundaries(cu_seqlens, cu_seqlens_cpu, q.shape[1])
-    stages = ENGINE.choose(_problem(q, v, options))
+    stages = ENGINE.stages(q, v, options)
     return stages.forward(q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, options)
 
 
@@ -151,7 +153,7 @@ def _run_backward(
     q, do, dstate, dz, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, o, norm, sums,
     rests, options,
 ):  # fmt: skip
-    stages = ENGINE.choose(_problem(q, v, options))
+    stages = ENGINE.stages(q, v, options)
     if do is None:
         do = v.new_zeros(v.shape)
     return stages.backward(
@@ -161,7 +163,8 @@ def _run_backward(
 
 
 def _run_attention_map(q, k, g, options):
-    return ENGINE.choose(_problem(q, k, options)).attention_map(q, k, g, options.scale)
+    scale = options.scale
+    return ENGINE.stages(q, k, Options(scale)).attention_map(q, k, g, scale)
 
 
 def _fake_forward(q, k, v, g, g_gamma, state, z, cu_seqlens, cu_seqlens_cpu, options):
@@ -177,7 +180,7 @@ def _fake_forward(q, k, v, g, g_gamma, state, z, cu_seqlens, cu_seqlens_cpu, opt
             final_z = q.new_empty(N, 1, H, K, dtype=dtype)
     if options.normalize:
         norm = q.new_empty(B, T, H, dtype=dtype)
-    sums, rests = ENGINE.choose(_problem(q, v, options)).new_sums(q, g)
+    sums, rests = ENGINE.stages(q, v, options).new_sums(q, g)
     if rests is None:
         rests = absent(q)
     return v.new_empty(v.shape), final, final_z, norm, absent(q) if sums is None else sums, rests
@@ -212,10 +215,10 @@ _backward = Operator(
     Options,
 )
 _attention_map = Operator(
-    f"linear_attention_map(Tensor q, Tensor k, Tensor? g, {_OPTIONS}) -> Tensor",
+    "linear_attention_map(Tensor q, Tensor k, Tensor? g, float scale) -> Tensor",
     _run_attention_map,
     lambda q, *others: q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[1]),
-    Options,
+    _MapOptions,
 )
 
 
