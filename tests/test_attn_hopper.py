@@ -91,7 +91,7 @@ calls = [(variant, lengths) for variant in spec.variants if variant != "no windo
 for i, (variant, lengths) in enumerate(calls):
     shape = shape_of(lengths, H=1, K=heads[i % 3][0], V=heads[i % 3][1], group=2)
     with (
-        mock.patch.object(engine.ENGINE, "choose", lambda problem: stage),
+        mock.patch.object(engine.ENGINE, "stages", lambda *_: stage),
         mock.patch.object(stage, "multiprocessors", lambda device: 1 + i % 4),
         mock.patch.object(stage, "run_forward", wraps=stage.run_forward) as launched,
     ):
