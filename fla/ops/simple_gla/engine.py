@@ -16,7 +16,7 @@ from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
 from fla.ops.common.dispatch import Engine, Implementation, Problem
-from fla.ops.common.once import once
+from fla.ops.common.once import finding, once
 
 CHUNK_SIZES = (16, 32, 64, 128)
 HEAD_LIMITS = {"K": 512, "V": 512}
@@ -31,6 +31,9 @@ class Options(NamedTuple):
     normalize: bool = False
     state_v_first: bool = False
     output_final_state: bool = False
+
+
+_Checked = finding(Options)
 
 
 class _MapOptions(NamedTuple):
@@ -84,38 +87,20 @@ def linear_engine(
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Check the arguments and run: o, the final state and the final z."""
-    _check(q, k, v, g, g_gamma, initial_state, initial_z, state_v_first, cu_seqlens, cu_seqlens_cpu)
-    if chunk_size is not None:
-        contract.one_of("chunk_size", chunk_size, CHUNK_SIZES)
-    o, state, z, *_ = _forward(
-        q,
-        k,
-        v,
-        g,
-        g_gamma,
-        initial_state,
-        initial_z,
-        cu_seqlens,
-        cu_seqlens_cpu,
-        Options(
-            contract.scale_or_default(scale, q.shape[-1]),
-            chunk_size or 0,
-            reverse,
-            normalize,
-            state_v_first,
-            output_final_state,
-        ),
-    )
+    operands = q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, cu_seqlens_cpu
+    flags = reverse, normalize, state_v_first, output_final_state
+    o, state, z, *_ = _forward(*operands, _checked(*operands, scale, chunk_size, *flags))
     if not output_final_state:
         return o, None, None
     return o, state, z if normalize else None
 
 
 @once
-def _check(
-    q, k, v, g, g_gamma, initial_state, initial_z, state_v_first: bool, cu_seqlens, cu_seqlens_cpu
-) -> None:
-    """The shapes, dtypes and devices that the engine takes."""
+def _checked(
+    q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, cu_seqlens_cpu,
+    scale, chunk_size, reverse: bool, normalize: bool, state_v_first: bool, *more: bool,
+) -> Options:  # fmt: skip
+    """The shapes, dtypes and devices that the engine takes, and the call's options."""
     sizes = contract.operands(
         q=(q, "B T H K"),
         k=(k, "B T H K"),
@@ -133,6 +118,10 @@ def _check(
         initial_state=(initial_state, "?N H V K" if state_v_first else "?N H K V"),
         **{"initial_state[1]": (initial_z, "?N 1 H K")},
     )
+    if chunk_size is not None:
+        contract.one_of("chunk_size", chunk_size, CHUNK_SIZES)
+    scale = contract.scale_or_default(scale, sizes["K"])
+    return _Checked(scale, chunk_size or 0, reverse, normalize, state_v_first, *more)
 
 
 def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float | None) -> Tensor:
@@ -180,10 +169,8 @@ def _fake_forward(q, k, v, g, g_gamma, state, z, cu_seqlens, cu_seqlens_cpu, opt
             final_z = q.new_empty(N, 1, H, K, dtype=dtype)
     if options.normalize:
         norm = q.new_empty(B, T, H, dtype=dtype)
-    sums, rests = ENGINE.stages(q, v, options).new_sums(q, g)
-    if rests is None:
-        rests = absent(q)
-    return v.new_empty(v.shape), final, final_z, norm, absent(q) if sums is None else sums, rests
+    sums = (absent(q) if x is None else x for x in ENGINE.stages(q, v, options).new_sums(q, g))
+    return v.new_empty(v.shape), final, final_z, norm, *sums
 
 
 def _fake_backward(q, do, dstate, dz, k, v, g, g_gamma, state, z, *others):
