@@ -111,7 +111,7 @@ def test_serving_writes_nothing_while_a_call_begins_anew():
     q, k, v = torch.randn(2, 1, 3, 2, 16).unbind(2)
     g, beta, state = torch.zeros(2, 1, 2, 16), torch.zeros(2, 1, 2), torch.zeros(2, 2, 16, 16)
     before = v.clone()
-    with mock.patch.multiple(recurrent, Launch=mock.DEFAULT, begins_anew=lambda: True):
+    with mock.patch.multiple(recurrent, Relaunch=mock.DEFAULT, begins_anew=lambda: True):
         recurrent.serve(q, k, v, g, beta, None, None, state, v, None, None, None, Options(1.0))
     assert torch.equal(v, before)
 
@@ -127,7 +127,7 @@ def test_wherever_the_output_lies_the_kernel_writes_its_dtype():
         written.append(tensors[9].dtype)
         tensors[9].zero_()
 
-    with mock.patch.object(recurrent, "Launch", lambda *_: write):
+    with mock.patch.object(recurrent, "Relaunch", lambda *_: write):
         for given in (out[:, :1].contiguous(), out[:, :1]):
             operands = x, x, x, x, x[..., 0], None, None, pool, given, None, None, None
             recurrent.serve(*operands, Options(1.0))
@@ -146,7 +146,7 @@ def test_a_step_like_one_before_is_not_described_again():
         described.append(constants["STATE"])
         return lambda *tensors: None
 
-    with mock.patch.object(recurrent, "Launch", describe):
+    with mock.patch.object(recurrent, "Relaunch", describe):
         for options in (Checked(1.0), Options(1.0)):
             for pool in (states[:2], states[2:], states[::2], states[::2]):
                 recurrent.forward(x, x, x, x, x[..., 0], None, None, pool, None, options)

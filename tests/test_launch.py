@@ -60,7 +60,7 @@ def test_what_was_found_is_launched_again():
     """For other tensors as if it was looked for, and looked for where one begins elsewhere."""
     x, y = torch.zeros(2, 64)
     with stand_ins() as (kernel, compiled):
-        step = launching.Launch(kernel, 5, (1.0,), {"desc": 3})
+        step = launching.Relaunch(kernel, 5, (1.0,), {"desc": 3})
         step(x, None)
         step(y, None)
         looked_for = compiled.run.call_args
@@ -71,7 +71,7 @@ def test_what_was_found_is_launched_again():
         assert compiled.run.call_args != looked_for
         step(y[1:], None)
         step(y, None)
-        launching.Launch(kernel, 0, (1.0,), {"desc": 3})(x, None)
+        launching.Relaunch(kernel, 0, (1.0,), {"desc": 3})(x, None)
     assert kernel.__getitem__.return_value.call_count == 2
     assert compiled.run.call_count == 4
 

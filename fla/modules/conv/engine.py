@@ -15,7 +15,7 @@ from torch import Tensor
 from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import lacks_triton
-from fla.ops.common.dispatch import Engine, Implementation, Problem
+from fla.ops.common.dispatch import Engine, Implementation
 
 
 class Options(NamedTuple):
@@ -58,19 +58,17 @@ def conv_engine(
     return y, final if options.output_final_state else None
 
 
-def _choose(x: Tensor):
-    return ENGINE.choose(Problem(x.device, x.dtype, x.shape[-1], x.shape[-1]))
-
-
 def _run_forward(x, weight, bias, residual, cache, cu_seqlens, options):
     contract.boundaries(cu_seqlens, None, x.shape[1])
-    return _choose(x).forward(x, weight, bias, residual, cache, cu_seqlens, options)
+    operands = x, weight, bias, residual, cache, cu_seqlens
+    return ENGINE.stages(x, x, options).forward(*operands, options)
 
 
-def _run_backward(x, dy, dfinal, *others):
+def _run_backward(x, dy, dfinal, weight, bias, cache, cu_seqlens, options):
     if dy is None:
         dy = torch.zeros_like(x)
-    return _choose(x).backward(dy, dfinal, x, *others)
+    operands = dy, dfinal, x, weight, bias, cache, cu_seqlens
+    return ENGINE.stages(x, x, options).backward(*operands, options)
 
 
 def _fake_forward(x, weight, bias, residual, cache, cu_seqlens, options):

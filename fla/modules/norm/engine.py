@@ -92,16 +92,12 @@ def scale_of(x: Tensor, options: Options) -> float:
     return 1.0 / max(x.shape[-1], 1) if options.mean else 1.0
 
 
-def _choose(x: Tensor):
-    return ENGINE.choose(Problem(x.device, x.dtype, x.shape[-1], x.shape[-1]))
+def _run_forward(x, weight, g, residual, options):
+    return ENGINE.stages(x, x, options).forward(x, weight, g, residual, options)
 
 
-def _run_forward(x, *others):
-    return _choose(x).forward(x, *others)
-
-
-def _run_backward(h, dy, dh, *others):
-    return _choose(h).backward(dy, dh, h, *others)
+def _run_backward(h, dy, dh, weight, g, options):
+    return ENGINE.stages(h, h, options).backward(dy, dh, h, weight, g, options)
 
 
 def _fake_forward(x, weight, g, residual, options):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fla.ops.attn.blocks import LEAST, STEEPEST_GATE, Call, Line, own, put_tile, tile
 from fla.ops.common.kernels import LOG2E, cdiv, first_slot, multiprocessors, power_of_two, product
-from fla.ops.common.launch import Launch
+from fla.ops.common.launch import Relaunch
 from fla.ops.common.once import found_by
 
 # BM is the most query heads of a program: those of a key head share what it reads, up to 32.  Three
@@ -214,7 +214,7 @@ def merge_kernel(
 
 
 def run_decoding(q, k, v, g, sink, cu_seqlens, options) -> Tensor:
-    """Launch ``split_kernel`` and ``merge_kernel``: o [1, N, HQ, V]."""
+    """Relaunch ``split_kernel`` and ``merge_kernel``: o [1, N, HQ, V]."""
     found, V = found_by(options), v.shape[-1]  # of a part, where v is in parts
     step = found.get((_Step, V))
     if step is None:
@@ -245,13 +245,13 @@ class _Step:
             splits = cdiv(call.window, size)
             self.slots = N * splits
         numbers = call.window, N, T, size, self.slots, splits
-        self.split = Launch(
+        self.split = Relaunch(
             split_kernel,
             self.slots * H * cdiv(HQ // H, BM),
             (call.scale, options.gate_scale * LOG2E.value, *numbers),
             {**call.constants, **line.constants, "G": HQ // H, "BM": BM},
         )
-        self.merge = Launch(
+        self.merge = Relaunch(
             merge_kernel,
             N * HQ,
             numbers,

@@ -61,28 +61,22 @@ class Engine:
         """Every implementation with its objection, None where it has none."""
         return [(each.name, each.refuses(problem)) for each in self.implementations]
 
+    def stages(self, q: torch.Tensor, v: torch.Tensor, options: Any) -> Any:
+        """The module to call for heads of q and v, which calls that share ``options`` find once."""
+        stages = None if _forced else found_by(options).get(self)
+        if stages is None:
+            stages = self.choose(Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options))
+        return stages
+
     def choose(self, problem: Problem) -> Any:
         """The module to call."""
         if _forced:
             return self._named(_forced[-1], problem)
-        return self._unforced(problem)
-
-    def stages(self, q: torch.Tensor, v: torch.Tensor, options: Any) -> Any:
-        """The module to call for heads of q and v, which calls that share ``options`` find once."""
-        if _forced:
-            return self.choose(Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options))
-        found = found_by(options)
-        stages = found.get(self)
-        if stages is None:
-            problem = Problem(q.device, q.dtype, q.shape[-1], v.shape[-1], options)
-            stages = found[self] = self._unforced(problem)
-        return stages
-
-    def _unforced(self, problem: Problem) -> Any:
-        found, reason = self._best(problem)
+        best, reason = self._best(problem)
         if reason is not None:
             self._warn(reason)
-        return found.stages
+        found_by(problem.options)[self] = best.stages
+        return best.stages
 
     def _search(self, problem: Problem) -> tuple[Implementation, str | None]:
         """The first without an objection, and why a GPU falls back on it where one does."""

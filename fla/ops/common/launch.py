@@ -41,7 +41,7 @@ def launch(
     numbers: tuple[Any, ...],
     constants: dict[str, Any],
 ) -> Found | None:
-    """Launch ``programs`` programs of ``kernel``, in one dimension or two, where tensors[0] is.
+    """Relaunch ``programs`` programs of ``kernel``, in one dimension or two, where tensors[0] is.
 
     Its parameters stand in the order given here; tensors may be parts of workspaces, and
     descriptors of tiles are among the numbers.  Returns what was found, if something was.
@@ -91,7 +91,7 @@ def launch(
     return None
 
 
-class Launch:
+class Relaunch:
     """A launch that calls of the same shapes, dtypes and devices make again and again.
 
     All but tensors is the same then, and what Triton compiled is found once: for a step of decoding
@@ -112,7 +112,7 @@ class Launch:
 
 
 def _again(found: Found, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> bool:
-    """Launch what was found; not where a tensor begins elsewhere than that takes for granted, or
+    """Relaunch what was found; not where a tensor begins elsewhere than that takes for granted, or
     lies on another GPU than the current one."""
     device = tensors[0].get_device()
     addresses = [None if x is None else x.data_ptr() for x in tensors]

@@ -11,7 +11,7 @@ from torch import Tensor
 from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
 from fla.ops.common.device import lacks_triton
-from fla.ops.common.dispatch import Engine, Implementation, Problem
+from fla.ops.common.dispatch import Engine, Implementation
 
 
 class Options(NamedTuple):
@@ -179,16 +179,13 @@ ENGINE = Engine(
 )
 
 
-def _choose(g: Tensor) -> Any:
-    return ENGINE.choose(Problem(g.device, g.dtype, g.shape[-1], g.shape[-1]))
-
-
 def _run_forward(g, A_log, dt_bias, options):
-    return _choose(g).forward(g, A_log, dt_bias, *options)
+    return ENGINE.stages(g, g, options).forward(g, A_log, dt_bias, *options)
 
 
 def _run_backward(g, dy, A_log, dt_bias, options):
-    dg, dA_log, ddt_bias = _choose(g).backward(g, dy, A_log, dt_bias, options.lower_bound)
+    stages = ENGINE.stages(g, g, options)
+    dg, dA_log, ddt_bias = stages.backward(g, dy, A_log, dt_bias, options.lower_bound)
     return (
         dg,
         absent(g) if A_log is None else like(A_log, dA_log),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fla.ops.common.kernels import cdiv, dense, power, power_of_two
 from fla.ops.common.lacking import begins_anew
-from fla.ops.common.launch import Launch
+from fla.ops.common.launch import Relaunch
 from fla.ops.common.once import found_by
 from fla.ops.kda.activations import L2NORM_EPS, beta_of, log_decay
 from fla.ops.kda.slots import sequence
@@ -17,7 +17,6 @@ from fla.ops.kda.slots import sequence
 # Elements of a program's state, all of K by some of V: one warp holds them in half of its registers
 # and adds over K without a barrier; what hides latency is how many programs run side by side.
 _TILE = 4096
-_DENSE = torch.contiguous_format
 
 
 @triton.jit
@@ -122,10 +121,12 @@ def recurrent_kernel(
 
 def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options):
     """Return o [B, T, HV, V], the final state, and nothing in place of states before chunks."""
-    o = torch.empty_like(v, memory_format=_DENSE)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = None
-    if options.output_final_state and initial_state is not None:
-        final = torch.empty_like(initial_state, dtype=torch.float32, memory_format=_DENSE)
+    if options.output_final_state and initial_state is not None:  # as in a step, whose host counts
+        final = torch.empty_like(
+            initial_state, dtype=torch.float32, memory_format=torch.contiguous_format
+        )
     elif options.output_final_state:
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         K, V = q.shape[-1], v.shape[-1]
@@ -140,7 +141,7 @@ def forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options
 
 def serve(q, k, v, g, beta, A_log, dt_bias, state, out, cu_seqlens, indices, accepted, options):
     """One token after another for all sequences at once; ``state`` and ``out`` are written."""
-    o = out if out.is_contiguous() else torch.empty_like(out, memory_format=_DENSE)
+    o = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     pool = state if _whole_rows(state) else state.contiguous()
     operands = q, k, v, g, beta, A_log, dt_bias, cu_seqlens
     _launch(*operands, pool, o, pool, indices, accepted, options, in_place=True)
@@ -177,12 +178,12 @@ def _launch(
     step(*read, state, o, final, indices, accepted)
 
 
-def _step(q, v, beta, cu_seqlens, stride, final, slots, options, in_place) -> Launch:
+def _step(q, v, beta, cu_seqlens, stride, final, slots, options, in_place) -> Relaunch:
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     rows = B if cu_seqlens is None else cu_seqlens.shape[0]  # one more than there are sequences
     BK = power_of_two(K)
     BV = min(power_of_two(V), _TILE // BK)
-    return Launch(
+    return Relaunch(
         recurrent_kernel,
         rows * HV * cdiv(V, BV),
         (options.scale, options.lower_bound if options.gate else None, T, rows, slots),

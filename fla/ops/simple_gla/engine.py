@@ -98,7 +98,8 @@ def linear_engine(
 @once
 def _checked(
     q, k, v, g, g_gamma, initial_state, initial_z, cu_seqlens, cu_seqlens_cpu,
-    scale, chunk_size, reverse: bool, normalize: bool, state_v_first: bool, *more: bool,
+    scale, chunk_size, reverse: bool, normalize: bool, state_v_first: bool,
+    output_final_state: bool,
 ) -> Options:  # fmt: skip
     """The shapes, dtypes and devices that the engine takes, and the call's options."""
     sizes = contract.operands(
@@ -121,7 +122,8 @@ def _checked(
     if chunk_size is not None:
         contract.one_of("chunk_size", chunk_size, CHUNK_SIZES)
     scale = contract.scale_or_default(scale, sizes["K"])
-    return _Checked(scale, chunk_size or 0, reverse, normalize, state_v_first, *more)
+    flags = reverse, normalize, state_v_first, output_final_state
+    return _Checked(scale, chunk_size or 0, *flags)
 
 
 def attention_map(q: Tensor, k: Tensor, g: Tensor | None, scale: float | None) -> Tensor:
