@@ -3,8 +3,8 @@
 Prints each finding as it comes, and a table last: ms, forward / backward, and the errors of 16-bit
 results against fp64; a ``!`` is slower than the row is to be.  The findings stand in
 ``benchmarks/results``.  ``--peer`` names a directory into which ``pip install --target DIRECTORY
---no-deps fla-core==0.6.0`` has put that package.  GPUs share its rows: the others from the start,
-where there are any, the first when this package's own are measured.
+--no-deps fla-core==0.6.0`` has put that package.  GPUs share its rows, the first of them when it is
+through with all else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
-import itertools
 import json
 import multiprocessing
 import os
@@ -42,6 +41,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # Only it lies elsewhere, and runs in processes that find it there
 PEER = "fla-core"
+# What a suite measures beside rows, and what that is called in the results
+COSTS = {"host": "host, ms", "first_call": "first call, s"}
 
 
 def main(argv: list[str]) -> int:
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
         help="with fla-core in each engine, its rows until then count (default: %(default)g)",
     )
     parser.add_argument("--library", help="measure this one here and print lines of JSON")
-    parser.add_argument("--first-call", action="store_true", help="of --library, instead of rows")
+    parser.add_argument("--cost", choices=COSTS, help="of --library, instead of rows")
     parser.add_argument("--compile", action="store_true", help="its kernels only")
     parser.add_argument("--claims", type=Path, help="rows named there are another process's")
     options = parser.parse_args(argv)
@@ -91,8 +92,9 @@ def work(suite: Suite, options: argparse.Namespace) -> None:
     if options.library == PEER:  # which would take modules that it lacks from this ``fla``
         sys.path.remove(str(ROOT))
     _take_cores(options)
-    if options.first_call:
-        _say("first call, s", suite.first_call() if suite.first_call else {})
+    if options.cost:
+        measure = getattr(suite, options.cost)
+        _say(COSTS[options.cost], measure() if measure else {})
         return
     rows = [row for row in suite.rows if options.rows in row.name]
     if options.compile:
@@ -104,8 +106,6 @@ def work(suite: Suite, options: argparse.Namespace) -> None:
     for row in rows:
         if _claimed(options.claims, row.name):
             _say(row.name, _measure(suite, options.library, row))
-    if suite.host and options.library in ("ours", PEER) and _claimed(options.claims, "host"):
-        _say("host, ms", suite.host())
 
 
 def _take_cores(options: argparse.Namespace) -> None:
@@ -115,7 +115,7 @@ def _take_cores(options: argparse.Namespace) -> None:
     than a small backward pass takes, and another number at every call.
     """
     cores = sorted(os.sched_getaffinity(0))
-    if options.first_call or options.compile:
+    if options.cost == "first_call" or options.compile:
         mine = cores[1:-1] or cores
     elif options.library == PEER:
         mine = [next(core for core in cores if _claimed(options.claims, f"core {core}"))]
@@ -199,7 +199,7 @@ def _run(engine: str, suite: Suite, options: argparse.Namespace) -> bool:
     ]
     costs = {
         what: {name: each[what] for name, each in found.items() if each.get(what)}
-        for what in ("host, ms", "first call, s")
+        for what in COSTS.values()
     }
     if not options.rows:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -220,10 +220,11 @@ def _run(engine: str, suite: Suite, options: argparse.Namespace) -> bool:
 def _found(
     engine: str, suite: Suite, libraries: list[str], options: argparse.Namespace
 ) -> dict[str, dict[str, Found]]:
-    """One library after the other, the peer on the other GPUs meanwhile where there are any.
+    """What the host takes, each alone; this package; then the others, the peer on all other GPUs.
 
-    Its search for launches takes minutes and would show in what is measured on the same GPU, where
-    it comes last.
+    What runs on other GPUs takes a fifth of the host's speed, and so of small calls.  The peer's
+    search for launches takes minutes and would show in what is measured on the same GPU, where it
+    comes last.
     """
     here, *others = _gpus()
     apart = functools.partial(_apart, engine, options, time.monotonic() + options.patience)
@@ -242,13 +243,19 @@ def _found(
         ]
         for each in compiling:
             each.result()
+        found: dict[str, dict[str, Found]] = {name: {} for name in libraries}
+        for name in ("ours", PEER):
+            if name in libraries:
+                found[name] |= apart(name, "--cost", "host", gpu=here)
+        found["ours"] |= apart("ours", gpu=here)
         running = [peer(gpu) for gpu in others if PEER in libraries]
-        found = {name: apart(name, gpu=here) for name in libraries if name != PEER}
-        if suite.first_call:
-            found["ours"] |= apart("ours", "--first-call", gpu=here, cache=str(cache))
+        for name in libraries:
+            if name not in ("ours", PEER):
+                found[name] |= apart(name, gpu=here)
+        found["ours"] |= apart("ours", "--cost", "first_call", gpu=here, cache=str(cache))
         if PEER in libraries:
-            answers = [each.result() for each in (*running, peer(here))]
-            found[PEER] = dict(itertools.chain.from_iterable(x.items() for x in answers))
+            for each in (*running, peer(here)):
+                found[PEER] |= each.result()
     return found
 
 

@@ -250,10 +250,10 @@ def test_what_is_measured_has_a_core_of_its_own(cores, ours, peers, others, monk
     taken = []
     monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda _: cores)
     monkeypatch.setattr(gpu.os, "sched_setaffinity", lambda _, some: taken.append(set(some)))
-    measures = {"first_call": False, "compile": False, "claims": tmp_path}
+    measures = {"cost": None, "compile": False, "claims": tmp_path}
     gpu._take_cores(argparse.Namespace(library="ours", **measures))
-    for other in ("first_call", "compile"):
-        gpu._take_cores(argparse.Namespace(library="ours", **measures | {other: True}))
+    for other in ({"cost": "first_call"}, {"compile": True}):
+        gpu._take_cores(argparse.Namespace(library="ours", **measures | other))
     for _ in peers:
         gpu._take_cores(argparse.Namespace(library=gpu.PEER, **measures))
     assert taken == [ours, others, others, *({core} for core in peers)]
@@ -263,13 +263,22 @@ def test_a_row_is_measured_by_the_process_that_claims_it(monkeypatch, tmp_path, 
     monkeypatch.setattr(gpu, "_take_cores", lambda options: None)
     rows = [suite.Row(name, (None, None)) for name in ("first", "second", "third")]
     some = suite.Suite("some", rows, {"ours": lambda row: {"forward": 1.0}})
-    command = {"library": "ours", "rows": "", "first_call": False, "compile": False}
+    command = {"library": "ours", "rows": "", "cost": None, "compile": False}
     options = argparse.Namespace(**command, claims=tmp_path)
     (tmp_path / "second").mkdir()
     gpu.work(some, options)
     gpu.work(some, options)
     said = [json.loads(line)[0] for line in capsys.readouterr().out.splitlines()]
     assert said == ["first", "third"]
+
+
+@pytest.mark.parametrize("cost, called", [("host", "host, ms"), ("first_call", "first call, s")])
+def test_a_cost_is_measured_instead_of_rows(cost, called, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "_take_cores", lambda options: None)
+    rows = [suite.Row("a row", (None, None))]
+    some = suite.Suite("some", rows, {"ours": lambda row: {}}, **{cost: lambda: {"some": 2.0}})
+    gpu.work(some, argparse.Namespace(library="ours", cost=cost))
+    assert json.loads(capsys.readouterr().out) == [called, {"some": 2.0}]
 
 
 def test_wrong_results_are_not_timed():
@@ -282,8 +291,9 @@ def test_the_peer_has_the_other_gpus_where_there_are_any(seen, others, monkeypat
     called = []
 
     def apart(engine, options, until, library, *more, gpu, cache=""):
-        called.append((library, *more[:1], gpu))
-        return {f"row on {gpu}": {"forward": 1.0}} if library == "fla-core" else {}
+        called.append((library, *more[: 2 if "--cost" in more else 1], gpu))
+        row = library == "fla-core" and "--claims" in more
+        return {f"row on {gpu}": {"forward": 1.0}} if row else {}
 
     monkeypatch.setattr(gpu, "_apart", apart)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
@@ -291,14 +301,15 @@ def test_the_peer_has_the_other_gpus_where_there_are_any(seen, others, monkeypat
     found = gpu._found("attn", softmax_gpu.SUITE, ["ours", "triton", gpu.PEER], options)
     rows = {f"row on {where}": {"forward": 1.0} for where in others + "1"}
     assert found == {"ours": {}, "triton": {}, gpu.PEER: rows}
-    ours = [("ours", "--compile", "1"), ("ours", "1"), ("triton", "1")]
-    peers = [(gpu.PEER, "--claims", where) for where in others + "1"]
-    compiling = (gpu.PEER, "--compile", (others or "1")[0])
-    assert sorted(called) == sorted([*ours, compiling, *peers, ("ours", "--first-call", "1")])
-    measured = [called.index(x) for x in (*ours[1:], *peers)]
-    assert max(called.index(ours[0]), called.index(compiling)) < min(measured)
-    # Nothing is measured beside the peer's search
-    assert max(called.index(x) for x in ours) < called.index(peers[-1])
+    compiling = [("ours", "--compile", "1"), (gpu.PEER, "--compile", (others or "1")[0])]
+    alone = [(name, "--cost", "host", "1") for name in ("ours", gpu.PEER)] + [("ours", "1")]
+    on_others = [(gpu.PEER, "--claims", where) for where in others]
+    beside = [("triton", "1"), ("ours", "--cost", "first_call", "1")]
+    after = (gpu.PEER, "--claims", "1")
+    assert sorted(called[:2]) == sorted(compiling)
+    assert called[2:5] == alone
+    assert sorted(called[5:-1]) == sorted(on_others + beside)
+    assert called[-1] == after  # nothing is measured beside the peer's search on the same GPU
 
 
 def test_gpu_results_hold_what_is_printed(monkeypatch, tmp_path, capsys):
