@@ -63,6 +63,7 @@ _HOPPER_CALLS = (
 )
 _HOPPER_LENGTHS = ((1,), (63,), (64,), (65,), (1000,), _PACKED, (0, 0, 64, 128, 64))
 _HOPPER_SIZES = ((128, 128), (64, 64), (64, 128), (128, 64), (256, 512))
+_SIZES_IN_TURNS = ((64, 64), (128, 64), (128, 128))
 
 
 class HopperCase(NamedTuple):
@@ -70,6 +71,7 @@ class HopperCase(NamedTuple):
     variant: str
     shape: Shape
     segments: bool
+    turns: bool = False  # are taken by those who put out
 
     @property
     def spec(self) -> OpSpec:
@@ -77,7 +79,7 @@ class HopperCase(NamedTuple):
 
 
 def hopper_cases() -> Iterator[HopperCase]:
-    """Every second pair of a call and a length, with sizes of heads in turn."""
+    """Every second pair of a call and a length, and every fourth in turns; each size of heads."""
     for i, lengths in enumerate(_HOPPER_LENGTHS):
         for j, call in enumerate(_HOPPER_CALLS):
             if (i + j) % 2 == 0:
@@ -85,6 +87,9 @@ def hopper_cases() -> Iterator[HopperCase]:
                 K, V = _HOPPER_SIZES[(i + 3 * j) % len(_HOPPER_SIZES)]
                 rows = {"B": 1} if segments and len(lengths) == 1 else {}  # segments are of one
                 yield HopperCase(*call, shape_of(lengths, K=K, V=V, **rows), segments)
+            elif (i + j) % 4 == 1:
+                K, V = _SIZES_IN_TURNS[(i + j // 4) % len(_SIZES_IN_TURNS)]
+                yield HopperCase(*call, shape_of(lengths, K=K, V=V), segments=False, turns=True)
 
 
 class Launch(NamedTuple):

@@ -14,7 +14,7 @@ from compiling import before_arrivals, compiling, dumped
 from fla.ops.common import device
 from fla.ops.common.dispatch import Problem
 from fla.ops.common.hopper import descriptor
-from fla.ops.simple_gla import blocks, hopper
+from fla.ops.simple_gla import blocks, hopper, hopper_turns
 from fla.ops.simple_gla.engine import ENGINE, Options
 
 EMULATED = """
@@ -26,10 +26,10 @@ from fla.testing.compare import measure
 from linear_calls import hopper_cases
 
 torch.set_num_threads(1)
-stages = "hopper_blocks", "hopper_walk", "hopper"
+stages = "hopper_blocks", "hopper_walk", "hopper_turns", "hopper"
 names = "common.kernels", "common.hopper", *(f"simple_gla.{name}" for name in stages)
-with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, hopper_walk, stages):
-    pass
+with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as modules:
+    *_, hopper_walk, hopper_turns, stages = modules
 sums_of = portable.sums_of
 for case in hopper_cases():
     if case.shape.T > 500 and not case.shape.lengths or case.shape.K * case.shape.T > 200_000:
@@ -38,14 +38,17 @@ for case in hopper_cases():
         mock.patch.object(engine.ENGINE, "stages", lambda *_: stages),
         mock.patch.object(blocks, "multiprocessors", lambda device: 132 if case.segments else 1),
         mock.patch.object(stages, "SMALLEST", 1),
+        mock.patch.object(stages, "takes", lambda q, v: case.turns),
         mock.patch.object(hopper_walk, "rounded", lambda x: x),  # as operands in fp32 are not
         mock.patch.object(
             portable, "sums_of", lambda at, q, g, back: sums_of(at, q.bfloat16(), g, back)
         ),
         mock.patch.object(hopper_walk, "launch", wraps=hopper_walk.launch) as launched,
+        mock.patch.object(hopper_turns, "launch", wraps=hopper_turns.launch) as in_turns,
     ):
         found = measure(case.spec, case.shape, case.variant, torch.float32)
-    print(json.dumps([str(case), launched.call_count, found]), flush=True)
+    by_turns = case.turns == bool(in_turns.call_count)
+    print(json.dumps([str(case), by_turns and launched.call_count, found]), flush=True)
 
 # Tokens of a second sequence, and behind the last one, that nobody may look at
 torch.manual_seed(0)
@@ -88,7 +91,8 @@ def test_rows_of_tiles_are_aligned():
 
 
 def call(
-    T=1024, K=128, V=128, gate="token", packed=False, states=False, reverse=False, many=1
+    T=1024, K=128, V=128, gate="token", packed=False, states=False, reverse=False, many=1,
+    in_turns=False,
 ):  # fmt: skip
     """Forward and backward, on tensors of zeros that are there to be launched with.
 
@@ -104,6 +108,7 @@ def call(
     options = Options(1.0, output_final_state=states, reverse=reverse)
     with (
         mock.patch.object(hopper, "SMALLEST", 1),
+        mock.patch.object(hopper, "takes", lambda q, v: in_turns),
         mock.patch.object(blocks, "multiprocessors", lambda device: many),
     ):
         hopper.forward(*arguments, options)
@@ -120,14 +125,20 @@ def call(
         ((256, 512), {"gate": "token"}),
         ((128, 64), {"gate": "token", "reverse": True}),
         ((64, 128), {"gate": "token", "many": 132}),
+        ((64, 64), {"gate": "token", "in_turns": True}),
+        ((64, 64), {"gate": None, "reverse": True, "in_turns": True}),
+        ((128, 64), {"gate": "token", "packed": True, "states": True, "in_turns": True}),
+        ((128, 128), {"gate": "head", "in_turns": True}),
     ],
 )
 def test_compiles(sizes, more, tmp_path):
     """Products are asynchronous, little is spilled, no tile is left before all warps are done."""
     with compiling(90) as compiled:
         call(K=sizes[0], V=sizes[1], **more)
-    kernels = [each for each in compiled if each.metadata.name == "hopper_walk_kernel"]
-    assert len(kernels) == (4 if sizes[1] <= 128 else 2)
+    names = ["hopper_turns_kernel"] * more.get("in_turns", False)
+    names += ["hopper_walk_kernel"] * (4 - len(names) if sizes[1] <= 128 else 2)
+    kernels = [each for each in compiled if each.metadata.name.startswith("hopper")]
+    assert [each.metadata.name for each in kernels] == names
     for kernel in kernels:
         assert kernel.metadata.shared <= 227 << 10
         before = before_arrivals(kernel)
@@ -153,6 +164,7 @@ def test_what_it_does_not_take_goes_to_triton():
         made.clear()
         with (
             mock.patch.object(hopper, "run_walk", lambda *_, **__: made.update(by="hopper")),
+            mock.patch.object(hopper, "run_turns", lambda *_, **__: made.update(by="turns")),
             mock.patch.object(hopper.portable, "walk", lambda *_, **__: made.update(by="triton")),
         ):
             at = blocks.Call(x, z, None, Options(1.0))
@@ -166,6 +178,7 @@ def test_what_it_does_not_take_goes_to_triton():
     assert launched(K=256) == launched(K=64, V=192) == "hopper"
     assert launched(segment=128, beside=beside) == "hopper"
     assert launched(K=256, beside=beside) == "triton"
+    assert launched(in_turns=True) == "turns" and launched(in_turns=True, x=moved) == "triton"
     assert launched(K=96) == launched(V=96) == "triton"
     assert launched(x=moved) == launched(norm=norm) == "triton"
     assert launched(new_norm=True) == launched(dnorm=norm, norm=norm) == "triton"
@@ -188,6 +201,32 @@ def test_short_calls_go_to_triton():
             hopper.forward(short, short, short)
             hopper.backward(short, None, None, short, short, short)
     assert ran == [(hopper.walk, 1)] * 2 + [(None, 2)] * 2
+
+
+def test_who_takes_turns():
+    """Programs of 32 columns, where those of 64 leave half of 132 multiprocessors idle."""
+
+    def taken(B, H, K=64, V=64):
+        ran = []
+        q, v = torch.zeros(B, 1, H, K, device="meta"), torch.zeros(B, 1, H, V, device="meta")
+        with (
+            mock.patch.object(hopper, "SMALLEST", 1),
+            mock.patch.object(hopper_turns, "multiprocessors", lambda device: 132),
+            mock.patch.object(
+                hopper.portable, "forward", lambda *_, walk, at_once: ran.append((walk, at_once))
+            ),
+        ):
+            hopper.forward(q, q, v)
+        (walk, at_once) = ran[0]
+        in_turns = walk is not hopper.walk and walk.keywords["in_turns"]
+        assert at_once == (0 if in_turns else 1)
+        return in_turns
+
+    assert (
+        taken(1, 64) and taken(1, 34) and taken(1, 66) and taken(4, 16, 128) and taken(1, 32, V=128)
+    )
+    assert not taken(1, 33) and not taken(1, 67) and not taken(1, 64, V=128)
+    assert not taken(1, 64, K=256)
 
 
 def reason(dtype=torch.bfloat16, K=128, V=128, options=None, verified=("3.6",)):

@@ -19,34 +19,43 @@ from torch.nn.functional import logsigmoid
 
 from fla.ops import chunk_lightning_attn, chunk_simple_gla
 from fla.ops.common.dispatch import use
-from fla.ops.simple_gla import blocks, hopper, hopper_walk
+from fla.ops.simple_gla import blocks, hopper, hopper_turns, hopper_walk
 from fla.testing.compare import relative_error
 
 pytestmark = marks
 
 
 @contextlib.contextmanager
-def on_hopper(segments=False):
-    """Inside, the kernel takes short calls too, whether verified or not; yields its launches."""
+def on_hopper(segments=False, turns=False):
+    """Inside, kernels take short calls too, whether verified or not; yields their launches.
+
+    With ``turns`` the outputs of whole sequences are put out in turns.
+    """
     with (
         verified("linear walk"),
         mock.patch.object(hopper, "SMALLEST", 1),
+        mock.patch.object(hopper, "takes", lambda q, v: turns),
         mock.patch.object(blocks, "multiprocessors", lambda device: 132 if segments else 1),
-        launched_from(hopper_walk) as launched,
+        launched_from(hopper_walk, hopper_turns) as launched,
     ):
         yield launched
 
 
+in_turns_or_not = pytest.mark.parametrize("turns", [False, True])
+
+
 @pytest.mark.parametrize("case", list(linear_calls.hopper_cases()), ids=str)
 def test_against_fp64(case):
-    with on_hopper(case.segments) as launched:
+    with on_hopper(case.segments, case.turns) as launched:
         check(case.spec, case.shape, case.variant, torch.bfloat16)
-    assert launched
+    assert "hopper_walk_kernel" in launched
+    assert ("hopper_turns_kernel" in launched) == case.turns
 
 
-def test_growth_of_nothing():
+@in_turns_or_not
+def test_growth_of_nothing(turns):
     inputs, expected = linear_calls.growth_of_nothing(torch.bfloat16, "cuda")
-    with on_hopper():
+    with on_hopper(turns=turns):
         o, _ = chunk_simple_gla(*inputs)
     assert relative_error(o, expected) < 5e-3
 
@@ -67,10 +76,11 @@ def run(q, k, v, g, do, **more):
 
 
 @pytest.mark.parametrize("scale", [0.1, -0.3, 0.0])
-@pytest.mark.parametrize("size", [(1, 8192, 4), (3, 2000, 2), (2, 4097, 6)])
-def test_agrees_with_triton(size, scale):
+@pytest.mark.parametrize("size", [(1, 8192, 4), (3, 2000, 2), (2, 4097, 6), (2, 1000, 3, 64, 64)])
+@in_turns_or_not
+def test_agrees_with_triton(turns, size, scale):
     arguments = operands(*size)
-    with on_hopper() as launched, use("hopper"):
+    with on_hopper(turns=turns) as launched, use("hopper"):
         found = run(*arguments, scale=scale)
     assert len(launched) == 4
     with use("triton"):
@@ -80,24 +90,27 @@ def test_agrees_with_triton(size, scale):
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_a_thousand_times_the_same_bits(gated):
+@pytest.mark.parametrize("turns, K", [(False, 128), (True, 128), (True, 64)])
+def test_a_thousand_times_the_same_bits(turns, K, gated):
     """Where a barrier is missing, they move."""
-    arguments = operands(1, 1000, 33, gated=gated)
+    arguments = operands(1, 1000, 33, K, gated=gated)
     bounds = torch.tensor([0, 0, 300, 301, 1000], device="cuda")
-    with on_hopper():
+    with on_hopper(turns=turns):
         assert not moved(lambda: run(*arguments, cu_seqlens=bounds))
 
 
-def test_what_lies_beside_a_sequence_is_not_read():
-    with on_hopper():
+@in_turns_or_not
+def test_what_lies_beside_a_sequence_is_not_read(turns):
+    with on_hopper(turns=turns):
         check_what_lies_beside(run, operands(1, 500))
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_a_graph_replays_with_other_boundaries(gated):
+@in_turns_or_not
+def test_a_graph_replays_with_other_boundaries(turns, gated):
     *inputs, do = operands(1, 1000, gated=gated)
     bounds = torch.tensor([0, 300, 301, 700, 700, 1000], device="cuda")
-    with on_hopper():
+    with on_hopper(turns=turns):
         leaves = [x.detach().requires_grad_() for x in inputs if x is not None]
 
         def call():
@@ -115,13 +128,15 @@ def test_a_graph_replays_with_other_boundaries(gated):
             assert torch.equal(a, b)
 
 
-def test_nothing_is_compiled_again():
-    with on_hopper():
+@in_turns_or_not
+def test_nothing_is_compiled_again(turns):
+    kernels = hopper_walk.hopper_walk_kernel, hopper_turns.hopper_turns_kernel
+    with on_hopper(turns=turns):
         run(*operands(1, 640))
-        before = compiled(hopper_walk.hopper_walk_kernel)
+        before = [compiled(kernel) for kernel in kernels]
         for T in range(2, 102):
             run(*operands(1, T))
-    assert compiled(hopper_walk.hopper_walk_kernel) == before
+    assert [compiled(kernel) for kernel in kernels] == before
 
 
 @sanitizer.needed
@@ -132,8 +147,11 @@ def test_stays_in_its_memory():
 
 def main() -> None:
     bounds = torch.tensor([0, 70, 70, 200, 256], device="cuda")
-    for segments, (K, V) in itertools.product((False, True), ((64, 64), (128, 128), (256, 64))):
-        with on_hopper(segments) as launched:
+    sizes = (64, 64), (128, 128), (256, 64)
+    for way, (K, V) in itertools.product(({}, {"segments": True}, {"turns": True}), sizes):
+        if way == {"turns": True} and K > 128:
+            continue
+        with on_hopper(**way) as launched:
             arguments = operands(1, 300, 1, K, V)
             run(*arguments)
             run(*arguments, cu_seqlens=bounds)

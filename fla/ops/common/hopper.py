@@ -31,8 +31,8 @@ class Tiles(TensorDescriptor):
 
 
 @functools.cache
-def _layout(bits: int) -> Any:
-    return gl.NVMMASharedLayout(128, bits, rank=4)
+def _layout(bits: int, columns: int) -> Any:
+    return gl.NVMMASharedLayout(min(columns * bits // 8, 128), bits, rank=4)
 
 
 def descriptor(x: Tensor | Part, rows: int, columns: int) -> TensorDescriptor:
@@ -41,7 +41,7 @@ def descriptor(x: Tensor | Part, rows: int, columns: int) -> TensorDescriptor:
     x is contiguous.  Where B or H is one its own strides may still be any, and the copies take
     multiples of 16 bytes only.
     """
-    layout = _layout(8 * x.dtype.itemsize)
+    layout = _layout(8 * x.dtype.itemsize, columns)
     _, T, H, D = x.shape
     return Tiles(x, list(x.shape), [T * H * D, H * D, D, 1], [1, rows, 1, columns], layout)
 

@@ -89,15 +89,13 @@ class Call:
     def segment(self, line: Line, X: int, Z: int, at_once: int, walks: int) -> int:
         """Tokens a segment, or 0 for whole sequences where these alone are programs enough.
 
-        As many segments as make ``at_once`` programs for each multiprocessor.  A summary of wide
-        keys saves a single walk in two segments less than it costs.
+        As many segments as make ``at_once`` programs for each multiprocessor, if any.  A summary of
+        wide keys saves a single walk in two segments less than it costs.
         """
         many = multiprocessors(self.device)
         programs = self.H * cdiv(X, line.BX) * cdiv(Z, line.BZ)
-        if programs * self.sequences.B * 2 > many:
-            return 0
-        segments = at_once * many // programs
-        if segments == 2 and walks == 1 and X > CHUNK:
+        segments = 0 if programs * self.sequences.B * 2 > many else at_once * many // programs
+        if segments < 2 or (segments == 2 and walks == 1 and X > CHUNK):
             return 0
         chunks = cdiv(cdiv(self.tokens, CHUNK), segments)
         piece = self.piece(chunks * CHUNK)

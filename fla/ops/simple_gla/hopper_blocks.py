@@ -76,6 +76,22 @@ def visit(cu_seqlens, i_n, N, T, begin, stop):
 
 
 @gluon.jit
+def chunks_of(cu_seqlens, N, T):
+    """How many chunks ``visit`` finds in the sequences of a row of T tokens."""
+    if cu_seqlens is None:
+        count = gl.cdiv(T, C)
+    else:
+        count = N * 0
+        for at in range(0, N, _BLOCK):
+            o_n = at + gl.arange(0, _BLOCK, gl.BlockedLayout([2], [32], [4], [0]))
+            b_bos = gl.load(cu_seqlens + o_n, mask=o_n < N, other=0).to(gl.int32)
+            b_eos = gl.load(cu_seqlens + o_n + 1, mask=o_n < N, other=0).to(gl.int32)
+            b_count = gl.cdiv(gl.minimum(b_eos, T) - gl.minimum(b_bos, T), C)
+            count += gl.sum(gl.where(o_n < N, gl.maximum(b_count, 1), 0), 0)
+    return count
+
+
+@gluon.jit
 def sums_at(
     sums, gamma, n, there, REVERSE: gl.constexpr, SUMMED: gl.constexpr, LAYOUT: gl.constexpr
 ):

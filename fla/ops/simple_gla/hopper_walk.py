@@ -89,6 +89,7 @@ def produce(
     And lay beside them the chunk's place and its gate's sums.  These are loaded: a copy in one
     dimension begins at multiples of 16 bytes, a chunk at any token.
     """
+    COLUMNS: gl.constexpr = z_desc.block_type.shape[3]
     WITH_X: gl.constexpr = (
         y_desc.block_type.nbytes
         + z_desc.block_type.nbytes
@@ -116,7 +117,7 @@ def produce(
             if sums is not None:  # they come while the stage is waited for
                 b_s = gl.load(sums + token + o_c, mask=o_c < there, other=0.0)
             wide = [i_b, token, i_h, 0]
-            block = [i_b, token, i_h, i_z * BZ]
+            block = [i_b, token, i_h, i_z * COLUMNS]
             x_ring.fill(x_desc, wide, n, WITH_X)
             x_ring.join(y_desc, wide, n, y_ring.tiles)
             x_ring.join(z_desc, block, n, z_ring.tiles)
