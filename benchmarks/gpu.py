@@ -3,8 +3,8 @@
 Prints each finding as it comes, and a table last: ms, forward / backward, and the errors of 16-bit
 results against fp64; a ``!`` is slower than the row is to be.  The findings stand in
 ``benchmarks/results``.  ``--peer`` names a directory into which ``pip install --target DIRECTORY
---no-deps fla-core==0.6.0`` has put that package.  GPUs share its rows, the first of them when it is
-through with all else.
+--no-deps fla-core==0.6.0`` has put that package; all GPUs share its rows, when all else has been
+measured.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # Only it lies elsewhere, and runs in processes that find it there
 PEER = "fla-core"
-# What a suite measures beside rows, and what that is called in the results
-COSTS = {"host": "host, ms", "first_call": "first call, s"}
 
 
 def main(argv: list[str]) -> int:
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> int:
         help="with fla-core in each engine, its rows until then count (default: %(default)g)",
     )
     parser.add_argument("--library", help="measure this one here and print lines of JSON")
-    parser.add_argument("--cost", choices=COSTS, help="of --library, instead of rows")
+    parser.add_argument("--first-call", action="store_true", help="of --library, instead of rows")
     parser.add_argument("--compile", action="store_true", help="its kernels only")
     parser.add_argument("--claims", type=Path, help="rows named there are another process's")
     options = parser.parse_args(argv)
@@ -92,9 +91,8 @@ def work(suite: Suite, options: argparse.Namespace) -> None:
     if options.library == PEER:  # which would take modules that it lacks from this ``fla``
         sys.path.remove(str(ROOT))
     _take_cores(options)
-    if options.cost:
-        measure = getattr(suite, options.cost)
-        _say(COSTS[options.cost], measure() if measure else {})
+    if options.first_call:
+        _say("first call, s", suite.first_call() if suite.first_call else {})
         return
     rows = [row for row in suite.rows if options.rows in row.name]
     if options.compile:
@@ -106,6 +104,8 @@ def work(suite: Suite, options: argparse.Namespace) -> None:
     for row in rows:
         if _claimed(options.claims, row.name):
             _say(row.name, _measure(suite, options.library, row))
+    if suite.host and options.library in ("ours", PEER) and _claimed(options.claims, "host"):
+        _say("host, ms", suite.host())
 
 
 def _take_cores(options: argparse.Namespace) -> None:
@@ -115,7 +115,7 @@ def _take_cores(options: argparse.Namespace) -> None:
     than a small backward pass takes, and another number at every call.
     """
     cores = sorted(os.sched_getaffinity(0))
-    if options.cost == "first_call" or options.compile:
+    if options.first_call or options.compile:
         mine = cores[1:-1] or cores
     elif options.library == PEER:
         mine = [next(core for core in cores if _claimed(options.claims, f"core {core}"))]
@@ -199,7 +199,7 @@ def _run(engine: str, suite: Suite, options: argparse.Namespace) -> bool:
     ]
     costs = {
         what: {name: each[what] for name, each in found.items() if each.get(what)}
-        for what in COSTS.values()
+        for what in ("host, ms", "first call, s")
     }
     if not options.rows:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -220,47 +220,36 @@ def _run(engine: str, suite: Suite, options: argparse.Namespace) -> bool:
 def _found(
     engine: str, suite: Suite, libraries: list[str], options: argparse.Namespace
 ) -> dict[str, dict[str, Found]]:
-    """What the host takes, each alone; this package; then the others, the peer on all other GPUs.
+    """One library after the other with nothing beside it, then the peer on all GPUs.
 
     What runs on other GPUs takes a fifth of the host's speed, and so of small calls.  The peer's
-    search for launches takes minutes and would show in what is measured on the same GPU, where it
-    comes last.
+    own stand beside each other: its search for launches takes minutes.
     """
-    here, *others = _gpus()
+    gpus = _gpus()
     apart = functools.partial(_apart, engine, options, time.monotonic() + options.patience)
     with ThreadPoolExecutor() as beside, tempfile.TemporaryDirectory() as place:
         cache, claims = Path(place, "cache"), Path(place, "claims")
         claims.mkdir()
-
-        def peer(gpu: str) -> Future[dict[str, Found]]:
-            """One of the processes that share its rows."""
-            return beside.submit(apart, PEER, "--claims", str(claims), gpu=gpu)
-
         compiling = [
             beside.submit(apart, name, "--compile", gpu=gpu)
-            for name, gpu in (("ours", here), (PEER, (others or [here])[0]))
+            for name, gpu in (("ours", gpus[0]), (PEER, gpus[-1]))
             if name in libraries
         ]
         for each in compiling:
             each.result()
-        found: dict[str, dict[str, Found]] = {name: {} for name in libraries}
-        for name in ("ours", PEER):
-            if name in libraries:
-                found[name] |= apart(name, "--cost", "host", gpu=here)
-        found["ours"] |= apart("ours", gpu=here)
-        running = [peer(gpu) for gpu in others if PEER in libraries]
-        for name in libraries:
-            if name not in ("ours", PEER):
-                found[name] |= apart(name, gpu=here)
-        found["ours"] |= apart("ours", "--cost", "first_call", gpu=here, cache=str(cache))
+        found = {name: apart(name, gpu=gpus[0]) for name in libraries if name != PEER}
+        if suite.first_call:
+            found["ours"] |= apart("ours", "--first-call", gpu=gpus[0], cache=str(cache))
         if PEER in libraries:
-            for each in (*running, peer(here)):
-                found[PEER] |= each.result()
+            share = ("--claims", str(claims))  # of its rows, each is one process's
+            running = [beside.submit(apart, PEER, *share, gpu=gpu) for gpu in gpus]
+            answers = [each.result().items() for each in running]
+            found[PEER] = dict(itertools.chain.from_iterable(answers))
     return found
 
 
 def _gpus() -> list[str]:
-    """Names that CUDA_VISIBLE_DEVICES has for the GPU to measure on, and the others."""
+    """Names that CUDA_VISIBLE_DEVICES has for the GPU to measure on, the first, and the others."""
     count = max(torch.cuda.device_count(), 1)
     return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
 

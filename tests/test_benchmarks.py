@@ -250,10 +250,10 @@ def test_what_is_measured_has_a_core_of_its_own(cores, ours, peers, others, monk
     taken = []
     monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda _: cores)
     monkeypatch.setattr(gpu.os, "sched_setaffinity", lambda _, some: taken.append(set(some)))
-    measures = {"cost": None, "compile": False, "claims": tmp_path}
+    measures = {"first_call": False, "compile": False, "claims": tmp_path}
     gpu._take_cores(argparse.Namespace(library="ours", **measures))
-    for other in ({"cost": "first_call"}, {"compile": True}):
-        gpu._take_cores(argparse.Namespace(library="ours", **measures | other))
+    for other in ("first_call", "compile"):
+        gpu._take_cores(argparse.Namespace(library="ours", **measures | {other: True}))
     for _ in peers:
         gpu._take_cores(argparse.Namespace(library=gpu.PEER, **measures))
     assert taken == [ours, others, others, *({core} for core in peers)]
@@ -263,7 +263,7 @@ def test_a_row_is_measured_by_the_process_that_claims_it(monkeypatch, tmp_path, 
     monkeypatch.setattr(gpu, "_take_cores", lambda options: None)
     rows = [suite.Row(name, (None, None)) for name in ("first", "second", "third")]
     some = suite.Suite("some", rows, {"ours": lambda row: {"forward": 1.0}})
-    command = {"library": "ours", "rows": "", "cost": None, "compile": False}
+    command = {"library": "ours", "rows": "", "first_call": False, "compile": False}
     options = argparse.Namespace(**command, claims=tmp_path)
     (tmp_path / "second").mkdir()
     gpu.work(some, options)
@@ -272,44 +272,29 @@ def test_a_row_is_measured_by_the_process_that_claims_it(monkeypatch, tmp_path, 
     assert said == ["first", "third"]
 
 
-@pytest.mark.parametrize("cost, called", [("host", "host, ms"), ("first_call", "first call, s")])
-def test_a_cost_is_measured_instead_of_rows(cost, called, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "_take_cores", lambda options: None)
-    rows = [suite.Row("a row", (None, None))]
-    some = suite.Suite("some", rows, {"ours": lambda row: {}}, **{cost: lambda: {"some": 2.0}})
-    gpu.work(some, argparse.Namespace(library="ours", cost=cost))
-    assert json.loads(capsys.readouterr().out) == [called, {"some": 2.0}]
-
-
 def test_wrong_results_are_not_timed():
     with pytest.raises(ArithmeticError, match="dq"):
         suite.errors({"dq": torch.tensor([1.1])}, {"dq": torch.tensor([1.0])})
 
 
-@pytest.mark.parametrize("seen, others", [("1,3", "3"), ("1,3,4", "34"), ("1", "")])
-def test_the_peer_has_the_other_gpus_where_there_are_any(seen, others, monkeypatch):
+@pytest.mark.parametrize("seen", [["1"], ["1", "3"], ["1", "3", "4"]])
+def test_the_peer_has_all_gpus_when_all_else_is_measured(seen, monkeypatch):
     called = []
 
     def apart(engine, options, until, library, *more, gpu, cache=""):
-        called.append((library, *more[: 2 if "--cost" in more else 1], gpu))
-        row = library == "fla-core" and "--claims" in more
-        return {f"row on {gpu}": {"forward": 1.0}} if row else {}
+        called.append((library, *more[:1], gpu))
+        return {f"row on {gpu}": {"forward": 1.0}} if "--claims" in more else {}
 
     monkeypatch.setattr(gpu, "_apart", apart)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(seen))
     options = argparse.Namespace(peer="somewhere", rows="", patience=1.0)
     found = gpu._found("attn", softmax_gpu.SUITE, ["ours", "triton", gpu.PEER], options)
-    rows = {f"row on {where}": {"forward": 1.0} for where in others + "1"}
+    rows = {f"row on {where}": {"forward": 1.0} for where in seen}
     assert found == {"ours": {}, "triton": {}, gpu.PEER: rows}
-    compiling = [("ours", "--compile", "1"), (gpu.PEER, "--compile", (others or "1")[0])]
-    alone = [(name, "--cost", "host", "1") for name in ("ours", gpu.PEER)] + [("ours", "1")]
-    on_others = [(gpu.PEER, "--claims", where) for where in others]
-    beside = [("triton", "1"), ("ours", "--cost", "first_call", "1")]
-    after = (gpu.PEER, "--claims", "1")
+    compiling = [("ours", "--compile", "1"), (gpu.PEER, "--compile", seen[-1])]
     assert sorted(called[:2]) == sorted(compiling)
-    assert called[2:5] == alone
-    assert sorted(called[5:-1]) == sorted(on_others + beside)
-    assert called[-1] == after  # nothing is measured beside the peer's search on the same GPU
+    assert called[2:5] == [("ours", "1"), ("triton", "1"), ("ours", "--first-call", "1")]
+    assert sorted(called[5:]) == [(gpu.PEER, "--claims", where) for where in seen]
 
 
 def test_gpu_results_hold_what_is_printed(monkeypatch, tmp_path, capsys):

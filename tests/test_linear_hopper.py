@@ -18,12 +18,12 @@ from fla.ops.simple_gla import blocks, hopper, hopper_turns
 from fla.ops.simple_gla.engine import ENGINE, Options
 
 EMULATED = """
-import json, torch
+import itertools, json, torch
 from unittest import mock
 from emulated_gluon import emulated
 from fla.ops.simple_gla import blocks, engine, triton as portable
 from fla.testing.compare import measure
-from linear_calls import hopper_cases
+from linear_calls import growth_of_nothing, hopper_cases
 
 torch.set_num_threads(1)
 stages = "hopper_blocks", "hopper_walk", "hopper_turns", "hopper"
@@ -55,15 +55,34 @@ torch.manual_seed(0)
 q, k, v = torch.randn(3, 1, 300, 2, 64)
 g = -torch.rand(1, 300, 2)
 bounds = torch.tensor([0, 70, 150, 230])
-options = engine.Options(1.0)
-with mock.patch.object(stages, "SMALLEST", 1):
-    expected = stages.forward(q, k, v, g, None, None, None, bounds, options)[0]
-    for x in (q, k, v, g):
-        x[:, 70:150] = x[:, 230:] = torch.nan
-    found = stages.forward(q, k, v, g, None, None, None, bounds, options)[0]
-for seen in (slice(0, 70), slice(150, None)):
-    assert torch.equal(found[:, seen], expected[:, seen])
-assert not expected[:, 230:].any() and found[:, 70:150].isnan().any()
+for back, turns in itertools.product((False, True), (False, True)):
+    options = engine.Options(1.0, reverse=back)
+    with (
+        mock.patch.object(stages, "SMALLEST", 1),
+        mock.patch.object(stages, "takes", lambda q, v: turns),
+    ):
+        given = [x.clone() for x in (q, k, v, g)]
+        expected = stages.forward(*given, None, None, None, bounds, options)[0]
+        for x in given:
+            x[:, 70:150] = x[:, 230:] = torch.nan
+        found = stages.forward(*given, None, None, None, bounds, options)[0]
+    for seen in (slice(0, 70), slice(150, None)):
+        assert torch.equal(found[:, seen], expected[:, seen])
+    assert not expected[:, 230:].any() and found[:, 70:150].isnan().any()
+    if not turns:
+        walked = expected
+    assert (expected - walked).norm() < 1e-4 * walked.norm()
+
+# What grows is scaled when it has been weighed
+inputs, expected = growth_of_nothing(torch.float32)
+for turns in (False, True):
+    with (
+        mock.patch.object(stages, "SMALLEST", 1),
+        mock.patch.object(stages, "takes", lambda q, v: turns),
+    ):
+        more = None, None, None, None, engine.Options(300 / 8)
+        found = stages.forward(*inputs, *more)[0]
+    assert (found / 300 - expected).norm() < 1e-4 * expected.norm()
 
 # The weights of tokens that are not there are as large as steep decays make them
 q, k, v, do = torch.randn(4, 1, 100, 2, 64)
@@ -227,6 +246,14 @@ def test_who_takes_turns():
     )
     assert not taken(1, 33) and not taken(1, 67) and not taken(1, 64, V=128)
     assert not taken(1, 64, K=256)
+
+
+@pytest.mark.parametrize("B", [0, 1])
+def test_nothing_to_walk_over(B):
+    q = torch.zeros(B, 0, 64, 64)
+    with mock.patch.object(hopper_turns, "multiprocessors", lambda device: 132):
+        o, *_ = hopper.forward(q, q, q, None, None, None, None, None, Options(1.0))
+    assert o.shape == q.shape
 
 
 def reason(dtype=torch.bfloat16, K=128, V=128, options=None, verified=("3.6",)):

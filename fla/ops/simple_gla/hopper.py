@@ -42,21 +42,21 @@ def walk(
     return run_walk(call, x, y, z, segment=segment, beside=beside, **more)
 
 
-def _kernels(q: Tensor, v: Tensor, in_turns: bool = False) -> dict[str, Any]:
+def _kernels(q: Tensor, v: Tensor, backward: bool = False) -> dict[str, Any]:
     """What long calls run: walks of which a multiprocessor holds one program, or in one piece."""
     if q.numel() + v.numel() < SMALLEST:
         return {}
-    if in_turns:
+    if takes(q, v) and not backward:
         return {"walk": functools.partial(walk, in_turns=True), "at_once": 0}
     return {"walk": walk, "at_once": 1}
 
 
 def forward(q, k, v, *more):
-    return portable.forward(q, k, v, *more, **_kernels(q, v, in_turns=takes(q, v)))
+    return portable.forward(q, k, v, *more, **_kernels(q, v))
 
 
 def backward(do, dstate, dz, q, k, v, *more):
-    return portable.backward(do, dstate, dz, q, k, v, *more, **_kernels(q, v))
+    return portable.backward(do, dstate, dz, q, k, v, *more, **_kernels(q, v, backward=True))
 
 
 attention_map, new_sums = portable.attention_map, portable.new_sums

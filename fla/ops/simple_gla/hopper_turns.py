@@ -197,25 +197,25 @@ def put_out(
             b_j = sums_at(passing.s_tiles, gamma, n, there, REVERSE, SUMMED, COLUMN)
             b_w = power(b_i[:, None] - b_j[None, :])
             b_q = sums_at(passing.s_tiles, gamma, n, there, REVERSE, SUMMED, gl.SliceLayout(1, ACC))
-            b_q = power(b_q) * scale
+            b_q = power(b_q)
         passing.h_ring.wait(n)
         b_o = gl.zeros([C, BZ], gl.float32, ACC)
         x = gl.convert_layout(x, gl.DotOperandLayout(0, ACC, 2))
         b_o = warpgroup_mma(x, passing.h_ring.tile(n), b_o, use_acc=False, is_async=True)
         b_a = warpgroup_mma_wait(1, deps=(b_a,))
-        b_a = b_a * scale
         if GATED:
             b_a = b_a * b_w
         b_a = gl.where(m, b_a, 0.0)
         b_a = gl.convert_layout(b_a.to(o_desc.dtype), gl.DotOperandLayout(0, ACC, 2))
         b_o = warpgroup_mma_wait(0, deps=(b_o,))
         passing.h_ring.release(n)
-        b_o = b_o * b_q[:, None] if GATED else b_o * scale
+        if GATED:
+            b_o = b_o * b_q[:, None]
         b_o = warpgroup_mma(b_a, z, b_o, is_async=True)
         b_o = warpgroup_mma_wait(0, deps=(b_o,))
         if GATED:
             wait_for(passing.u_done, n)
-        o_tile.reshape([C, BZ]).store(b_o.to(o_desc.dtype))
+        o_tile.reshape([C, BZ]).store((b_o * scale).to(o_desc.dtype))
         fence_async_shared()
         passing.x_ring.release(n)
         if there == C:
@@ -328,7 +328,8 @@ def hopper_turns_kernel(
 
 def takes(q: Tensor, v: Tensor) -> bool:
     """Whether these programs, of half as many columns as the walk's, just fill the chip."""
-    programs = v.numel() // v.shape[1] // _COLUMNS
+    B, _, H, V = v.shape
+    programs = B * H * (V // _COLUMNS)
     many = multiprocessors(q.device)
     return q.shape[-1] in _TURNS and many < 2 * programs <= 2 * many
 
