@@ -76,6 +76,18 @@ def visit(cu_seqlens, i_n, N, T, begin, stop):
 
 
 @gluon.jit
+def seen(BACK: gl.constexpr, LAYOUT: gl.constexpr):
+    """Which tokens of a chunk (columns) a token (a row) comes after, or BACK before: [C, C]."""
+    o_i = gl.arange(0, C, gl.SliceLayout(1, LAYOUT))[:, None]
+    o_j = gl.arange(0, C, gl.SliceLayout(0, LAYOUT))[None, :]
+    if BACK:
+        m = o_i <= o_j
+    else:
+        m = o_i >= o_j
+    return m
+
+
+@gluon.jit
 def chunks_of(cu_seqlens, N, T):
     """How many chunks ``visit`` finds in the sequences of a row of T tokens."""
     if cu_seqlens is None:

@@ -36,6 +36,7 @@ from fla.ops.simple_gla.hopper_blocks import (
     VECTOR,
     C,
     chunks_of,
+    seen,
     sum_of,
     sums_at,
     visit,
@@ -155,12 +156,7 @@ def put_out(
     ROW: gl.constexpr = gl.SliceLayout(1, PAIRS)
     COLUMN: gl.constexpr = gl.SliceLayout(0, PAIRS)
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BZ, BZ // 8], [4, 1], [1, 0])
-    o_i = gl.arange(0, C, ROW)[:, None]
-    o_j = gl.arange(0, C, COLUMN)[None, :]
-    if REVERSE:
-        m = o_i <= o_j
-    else:
-        m = o_i >= o_j
+    m = seen(REVERSE, PAIRS)
     o_c = gl.arange(0, C, gl.SliceLayout(1, FLAT))
     o_o = gl.arange(0, BZ, gl.SliceLayout(0, FLAT))
     p_o = i_h * Z + i_z * BZ + o_c[:, None] * (H * Z) + o_o[None, :]  # [C, BZ]

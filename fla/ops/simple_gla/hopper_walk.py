@@ -35,6 +35,7 @@ from fla.ops.simple_gla.hopper_blocks import (
     leading,
     rounded,
     scalar,
+    seen,
     sequences_in,
     sum_of,
     sums_at,
@@ -163,12 +164,7 @@ def weigh(
     ROW: gl.constexpr = gl.SliceLayout(1, PAIRS)
     COLUMN: gl.constexpr = gl.SliceLayout(0, PAIRS)
     PARTED: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [1, 4], [1, 0])
-    o_i = gl.arange(0, C, ROW)[:, None]
-    o_j = gl.arange(0, C, COLUMN)[None, :]
-    if BACK:
-        m = o_i <= o_j
-    else:
-        m = o_i >= o_j
+    m = seen(BACK, PAIRS)
     b_most = gl.where(m, LARGEST_EXPONENT, float("-inf"))  # as in ``power``
     n = 0
     while more:
