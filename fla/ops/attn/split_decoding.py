@@ -214,7 +214,7 @@ def merge_kernel(
 
 
 def run_decoding(q, k, v, g, sink, cu_seqlens, options) -> Tensor:
-    """Relaunch ``split_kernel`` and ``merge_kernel``: o [1, N, HQ, V]."""
+    """Launch ``split_kernel`` and ``merge_kernel``: o [1, N, HQ, V]."""
     found, V = found_by(options), v.shape[-1]  # of a part, where v is in parts
     step = found.get((_Step, V))
     if step is None:

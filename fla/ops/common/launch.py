@@ -41,7 +41,7 @@ def launch(
     numbers: tuple[Any, ...],
     constants: dict[str, Any],
 ) -> Found | None:
-    """Relaunch ``programs`` programs of ``kernel``, in one dimension or two, where tensors[0] is.
+    """Launch ``programs`` programs of ``kernel``, in one dimension or two, where tensors[0] is.
 
     Its parameters stand in the order given here; tensors may be parts of workspaces, and
     descriptors of tiles are among the numbers.  Returns what was found, if something was.
@@ -112,7 +112,7 @@ class Relaunch:
 
 
 def _again(found: Found, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> bool:
-    """Relaunch what was found; not where a tensor begins elsewhere than that takes for granted, or
+    """Launch what was found; not where a tensor begins elsewhere than that takes for granted, or
     lies on another GPU than the current one."""
     device = tensors[0].get_device()
     addresses = [None if x is None else x.data_ptr() for x in tensors]
