@@ -33,6 +33,7 @@ from fla.ops.attn.blocks import (
     tile,
 )
 from fla.ops.common.hopper import (
+    VECTOR,
     along,
     arrive,
     at_turn,
@@ -40,7 +41,7 @@ from fla.ops.common.hopper import (
     new_barriers,
     new_ring,
     new_tiles,
-    turns,
+    scalar,
     vectors,
     wait_for,
 )
@@ -66,6 +67,17 @@ STAGES = gl.constexpr(2)
 # What a thread may have: a producer that also looks for its sequence does with no less than 40
 CONSUMER_REGISTERS = gl.constexpr(232)
 PRODUCER_REGISTERS = gl.constexpr(40)
+# A tile's place: its head, or NONE, its sequence and which of its blocks it is; the first token of
+# that, its length and how many of its tokens live; which blocks of keys are met
+HEAD = gl.constexpr(0)
+SEQUENCE = gl.constexpr(1)
+QUERIES = gl.constexpr(2)
+FIRST = gl.constexpr(3)
+LENGTH = gl.constexpr(4)
+LIVE = gl.constexpr(5)
+LOW = gl.constexpr(6)
+FULL = gl.constexpr(7)
+NONE = gl.constexpr(-1)
 
 
 def forward(q, k, v, g, sink_bias, cu_seqlens, options):
@@ -100,8 +112,11 @@ def needed_kernel(
     """The first interval of keys that the queries of an interval need, for one head.
 
     That a query reaches the logit of its own key is known before it has met any.  Reads q, k
-    [SPAN, K] and what ``gates_kernel`` says of all before.  Writes needed [HQ, intervals].
+    [SPAN, K] and what ``gates_kernel`` says of all before.  Writes needed [HQ, intervals], and
+    behind it that no tile has been taken yet.
     """
+    if tl.program_id(0) == 0:
+        tl.store(needed + H * G * intervals, 0)
     i_h, n, i_b, bos, _length, live = own(cu_seqlens, tl.program_id(0), N, T, H * G, SPAN, False)
     if i_b * SPAN >= live:
         return
@@ -130,9 +145,21 @@ def tiles_of(cu_seqlens, N, T, HQ: gl.constexpr):
 
 
 @gluon.jit
-def tile_at(turn, cu_seqlens, N, T, HQ: gl.constexpr):
-    """What a program does at a turn, as ``blocks.own`` says it; the longest tiles come first."""
-    i = at_turn(turn)
+def next_tile(taken, turn):
+    """The tile that a program takes at a turn, where gates decide how long they are the next one.
+
+    ``taken`` counts those.
+    """
+    if taken is None:
+        i = at_turn(turn)
+    else:
+        i = gl.atomic_add(taken, 1, sem="relaxed", scope="gpu")
+    return i
+
+
+@gluon.jit
+def tile_at(i, cu_seqlens, N, T, HQ: gl.constexpr):
+    """Which queries make tile i, as ``blocks.own`` says it; the longest tiles come first."""
     i_h = i % HQ
     if cu_seqlens is None:
         n = i // HQ % N
@@ -166,32 +193,58 @@ def key_blocks(last, live, window, needed, slot):
 
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, until_desc, q_0, q_1, k_ring, v_ring, until, needed,
+    q_desc, k_desc, v_desc, until_desc, q_0, q_1, k_ring, v_ring, until, places, placed, needed,
     cu_seqlens, window, N, T, intervals, H: gl.constexpr, HQ: gl.constexpr,
 ):  # fmt: skip
-    """Copy each tile's queries, and its keys and values from the nearest backwards."""
+    """Say where each tile lies, and copy its queries, and its keys and values backwards."""
+    o_p = gl.arange(0, places.shape[1], along(1))
+    taken = None
+    if needed is not None:
+        taken = needed + HQ * intervals
+    tiles = tiles_of(cu_seqlens, N, T, HQ)
     m = 0
     n = 0
-    for turn in range(turns(tiles_of(cu_seqlens, N, T, HQ))):
-        i_h, i_n, i_b, bos, length, live = tile_at(turn, cu_seqlens, N, T, HQ)
+    turn = 0
+    i = next_tile(taken, turn)
+    while i < tiles:
+        i_h, i_n, i_b, bos, length, live = tile_at(i, cu_seqlens, N, T, HQ)
         if i_b * BLOCK < length:
             row, start = place_of(cu_seqlens, i_n, bos)
             slot = first_slot(cu_seqlens, i_n, bos, T, BLOCK)
-            low, _, last = key_blocks(i_b, live, window, needed, i_h * intervals + slot)
+            low, full, last = key_blocks(i_b, live, window, needed, i_h * intervals + slot)
             first = start + i_b * BLOCK
+            # Both consumers have read the place before the last: they have left its queries
+            b_p = gl.where(o_p == HEAD, i_h, gl.where(o_p == SEQUENCE, i_n, i_b))
+            b_p = gl.where(o_p == FIRST, bos, gl.where(o_p == LENGTH, length, b_p))
+            b_p = gl.where(o_p == LIVE, live, gl.where(o_p == LOW, low, b_p))
+            b_p = gl.where(o_p == FULL, full, b_p)
+            places.index(m % 2).store(b_p.to(gl.int32))
+            gl.thread_barrier()
+            arrive(placed, m)
             q_0.fill(q_desc, [row, first, i_h, 0], m)
             q_1.fill(q_desc, [row, first + ROWS, i_h, 0], m)
             m += 1
-            for i in range(last + 1 - low):
-                place = [row, first - i * BLOCK, i_h // (HQ // H), 0]
+            for j in range(last + 1 - low):
+                place = [row, first - j * BLOCK, i_h // (HQ // H), 0]
                 if until is None:
                     k_ring.fill(k_desc, place, n)
                 else:
                     k_ring.fill(k_desc, place, n, until_desc.block_type.nbytes)
-                    i_s = (2 * HQ + i_h) * intervals + slot + last - i
+                    i_s = (2 * HQ + i_h) * intervals + slot + last - j
                     k_ring.join(until_desc, [i_s * BLOCK], n, until)
                 v_ring.fill(v_desc, place, n)
                 n += 1
+        turn += 1
+        i = next_tile(taken, turn)
+    places.index(m % 2).store(gl.where(o_p == HEAD, NONE, 0).to(gl.int32))
+    gl.thread_barrier()
+    arrive(placed, m)
+
+
+@gluon.jit
+def told(places, m, WHAT: gl.constexpr):
+    """What ``produce`` says of the m-th tile: WHAT of its place."""
+    return scalar(places.index(m % 2).slice(WHAT, 1))
 
 
 @gluon.jit
@@ -279,8 +332,8 @@ def clear(tile, i_w: gl.constexpr, live, cleared, cuts):
 
 @gluon.jit
 def consume(
-    i_w: gl.constexpr, o_desc, o, lse, sink, sums, marks, needed, q_ring, k_ring, v_ring, until,
-    cleared, tiles, cu_seqlens, scale, window, N, T, intervals,
+    i_w: gl.constexpr, o_desc, o, lse, sink, sums, marks, q_ring, k_ring, v_ring, until, places,
+    placed, cleared, tiles, cu_seqlens, scale, window, T, intervals,
     HQ: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     """Rows [ROWS i_w, ROWS (i_w + 1)) of each tile: o through shared memory, and lse."""
@@ -291,94 +344,102 @@ def consume(
     m = 0
     n = 0
     cuts = 0
-    for turn in range(turns(tiles_of(cu_seqlens, N, T, HQ))):
-        i_h, i_n, i_b, bos, length, live = tile_at(turn, cu_seqlens, N, T, HQ)
-        i_q = i_b * BLOCK
-        if i_q < length:
-            slot = first_slot(cu_seqlens, i_n, bos, T, BLOCK)
-            low, full, last = key_blocks(i_b, live, window, needed, i_h * intervals + slot)
-            o_i = i_q + i_w * ROWS + gl.arange(0, ROWS, ROW)
-            q_ring.wait(m)
-            q = q_ring.tile(m)
+    wait_for(placed, m)
+    i_h = told(places, m, HEAD)
+    while i_h != NONE:
+        i_n = told(places, m, SEQUENCE)
+        last = told(places, m, QUERIES)
+        bos = told(places, m, FIRST)
+        length = told(places, m, LENGTH)
+        live = told(places, m, LIVE)
+        low = told(places, m, LOW)
+        full = told(places, m, FULL)
+        slot = first_slot(cu_seqlens, i_n, bos, T, BLOCK)
+        i_q = last * BLOCK
+        o_i = i_q + i_w * ROWS + gl.arange(0, ROWS, ROW)
+        q_ring.wait(m)
+        q = q_ring.tile(m)
 
-            # the sink is a key with this logit and without a value
-            b_most = gl.full([ROWS], LEAST, gl.float32, ROW)
-            b_sum = gl.zeros([ROWS], gl.float32, ROW)
-            if sink is not None:
-                b_sink = gl.load(sink + i_h).to(gl.float32) * LOG2E
-                b_most = gl.full([ROWS], 0.0, gl.float32, ROW) + b_sink
-                b_sum = gl.full([ROWS], 1.0, gl.float32, ROW)
-            b_o = gl.zeros([ROWS, D], gl.float32, OUT)
+        # the sink is a key with this logit and without a value
+        b_most = gl.full([ROWS], LEAST, gl.float32, ROW)
+        b_sum = gl.zeros([ROWS], gl.float32, ROW)
+        if sink is not None:
+            b_sink = gl.load(sink + i_h).to(gl.float32) * LOG2E
+            b_most = gl.full([ROWS], 0.0, gl.float32, ROW) + b_sink
+            b_sum = gl.full([ROWS], 1.0, gl.float32, ROW)
+        b_o = gl.zeros([ROWS, D], gl.float32, OUT)
 
-            k_ring.wait(n)
-            b_0 = gl.zeros([ROWS, BLOCK], gl.float32, LOGITS)
-            k = k_ring.tile(n).permute((1, 0))
-            b_s = warpgroup_mma(q, k, b_0, use_acc=False, is_async=True)
-            b_since = None
-            p_total = None
-            if sums is not None:
-                p_since, p_rest, _ = gate_sums(sums, i_h, slot, intervals, HQ)
-                p_total, _, _ = gate_marks(marks, i_h, 0, slot, intervals, HQ)
-                b_since = gl.load(p_since + o_i)
-                o_j = i_q + gl.arange(0, BLOCK, gl.SliceLayout(0, LOGITS))
-                b_gates = gates_within(b_since, gl.load(p_rest + o_i), p_since, p_rest, o_j)
-            b_s = warpgroup_mma_wait(0, deps=(b_s,))
-            k_ring.release(n)
-            if sums is None:
-                b_s = masked(b_s, o_i, i_q, window)
-                b_w, b_most, b_sum, _ = weigh(b_s, None, b_most, b_sum, scale)
-            else:
-                b_s = masked(b_s * scale + b_gates, o_i, i_q, window)
-                b_w, b_most, b_sum, _ = weigh(b_s, None, b_most, b_sum, 1.0)
-            b_p = b_w.to(tiles.dtype)
-            b_near = b_most
-            b_over = gl.sum(b_p.to(gl.float32) - b_w, 1)
-            b_p = gl.convert_layout(b_p, gl.DotOperandLayout(0, OUT, 2))
-            if cu_seqlens is not None:
-                if i_q + BLOCK > live:
-                    v_ring.wait(n)
-                    clear(v_ring.tile(n), i_w, live - i_q, cleared, cuts)
-                    cuts += 1
-            between = gl.to_tensor(0.0).to(gl.float64)
-            n += 1
-            k_ring.wait(n, last > low)
+        k_ring.wait(n)
+        b_0 = gl.zeros([ROWS, BLOCK], gl.float32, LOGITS)
+        k = k_ring.tile(n).permute((1, 0))
+        b_s = warpgroup_mma(q, k, b_0, use_acc=False, is_async=True)
+        b_since = None
+        p_total = None
+        if sums is not None:
+            p_since, p_rest, _ = gate_sums(sums, i_h, slot, intervals, HQ)
+            p_total, _, _ = gate_marks(marks, i_h, 0, slot, intervals, HQ)
+            b_since = gl.load(p_since + o_i)
+            o_j = i_q + gl.arange(0, BLOCK, gl.SliceLayout(0, LOGITS))
+            b_gates = gates_within(b_since, gl.load(p_rest + o_i), p_since, p_rest, o_j)
+        b_s = warpgroup_mma_wait(0, deps=(b_s,))
+        k_ring.release(n)
+        if sums is None:
+            b_s = masked(b_s, o_i, i_q, window)
+            b_w, b_most, b_sum, _ = weigh(b_s, None, b_most, b_sum, scale)
+        else:
+            b_s = masked(b_s * scale + b_gates, o_i, i_q, window)
+            b_w, b_most, b_sum, _ = weigh(b_s, None, b_most, b_sum, 1.0)
+        b_p = b_w.to(tiles.dtype)
+        b_near = b_most
+        b_over = gl.sum(b_p.to(gl.float32) - b_w, 1)
+        b_p = gl.convert_layout(b_p, gl.DotOperandLayout(0, OUT, 2))
+        if cu_seqlens is not None:
+            if i_q + BLOCK > live:
+                v_ring.wait(n)
+                clear(v_ring.tile(n), i_w, live - i_q, cleared, cuts)
+                cuts += 1
+        between = gl.to_tensor(0.0).to(gl.float64)
+        n += 1
+        k_ring.wait(n, last > low)
+        n, b_p, b_o, b_most, b_sum, between = meet(
+            n, last - full, full - low, last, q, k_ring, v_ring, until, b_p, b_o, b_most,
+            b_sum, o_i, b_since, between, p_total, window, scale, False,
+        )  # fmt: skip
+        if window is not None:
             n, b_p, b_o, b_most, b_sum, between = meet(
-                n, last - full, full - low, last, q, k_ring, v_ring, until, b_p, b_o, b_most,
-                b_sum, o_i, b_since, between, p_total, window, scale, False,
+                n, full - low, 0, full, q, k_ring, v_ring, until, b_p, b_o, b_most,
+                b_sum, o_i, b_since, between, p_total, window, scale, True,
             )  # fmt: skip
-            if window is not None:
-                n, b_p, b_o, b_most, b_sum, between = meet(
-                    n, full - low, 0, full, q, k_ring, v_ring, until, b_p, b_o, b_most,
-                    b_sum, o_i, b_since, between, p_total, window, scale, True,
-                )  # fmt: skip
-            q_ring.release(m)
-            m += 1
-            v_ring.wait(n - 1)
-            b_o = warpgroup_mma(b_p, v_ring.tile(n - 1), b_o, is_async=True)
-            tma.store_wait(0)  # the last turn's
-            b_o = warpgroup_mma_wait(0, deps=(b_o,))
-            v_ring.release(n - 1)
-            # Where a row has few keys, o is the mean with the weights as they were rounded.
-            b_all = b_sum + b_over * gl.exp2(b_near - b_most)
-            b_o = b_o * (1.0 / gl.convert_layout(b_all, gl.SliceLayout(1, OUT)))[:, None]
-            b_lse = (b_most + gl.log2(b_sum)) / LOG2E
-            row, start = place_of(cu_seqlens, i_n, bos)
-            if cu_seqlens is not None and i_q + BLOCK > live:
-                # Behind its last token begins another sequence; behind the last one all is zero.
-                o_r = i_q + i_w * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
-                o_d = gl.arange(0, D, gl.SliceLayout(0, OUT))
-                m_o = (o_r < length)[:, None] & (o_d < V)[None, :]
-                b_o = gl.where((o_r < live)[:, None], b_o, 0.0)
-                p_o = o + (bos + o_r).to(gl.int64)[:, None] * (HQ * V) + i_h * V + o_d[None, :]
-                gl.store(p_o, b_o.to(tiles.dtype), mask=m_o)
-                b_lse = gl.where(o_i < live, b_lse, LEAST)
-            else:
-                tiles.index(i_w).reshape([ROWS, D]).store(b_o.to(tiles.dtype))
-                fence_async_shared()
-                place = [row, start + i_q + i_w * ROWS, i_h, 0]
-                tma.async_copy_shared_to_global(o_desc, place, tiles.index(i_w))
-            p_lse = lse + along_time(cu_seqlens, bos, i_h, T, HQ)
-            gl.store(p_lse + o_i, b_lse, mask=o_i < length)
+        q_ring.release(m)
+        v_ring.wait(n - 1)
+        b_o = warpgroup_mma(b_p, v_ring.tile(n - 1), b_o, is_async=True)
+        tma.store_wait(0)  # the last turn's
+        b_o = warpgroup_mma_wait(0, deps=(b_o,))
+        v_ring.release(n - 1)
+        # Where a row has few keys, o is the mean with the weights as they were rounded.
+        b_all = b_sum + b_over * gl.exp2(b_near - b_most)
+        b_o = b_o * (1.0 / gl.convert_layout(b_all, gl.SliceLayout(1, OUT)))[:, None]
+        b_lse = (b_most + gl.log2(b_sum)) / LOG2E
+        row, start = place_of(cu_seqlens, i_n, bos)
+        if cu_seqlens is not None and i_q + BLOCK > live:
+            # Behind its last token begins another sequence; behind the last one all is zero.
+            o_r = i_q + i_w * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
+            o_d = gl.arange(0, D, gl.SliceLayout(0, OUT))
+            m_o = (o_r < length)[:, None] & (o_d < V)[None, :]
+            b_o = gl.where((o_r < live)[:, None], b_o, 0.0)
+            p_o = o + (bos + o_r).to(gl.int64)[:, None] * (HQ * V) + i_h * V + o_d[None, :]
+            gl.store(p_o, b_o.to(tiles.dtype), mask=m_o)
+            b_lse = gl.where(o_i < live, b_lse, LEAST)
+        else:
+            tiles.index(i_w).reshape([ROWS, D]).store(b_o.to(tiles.dtype))
+            fence_async_shared()
+            place = [row, start + i_q + i_w * ROWS, i_h, 0]
+            tma.async_copy_shared_to_global(o_desc, place, tiles.index(i_w))
+        p_lse = lse + along_time(cu_seqlens, bos, i_h, T, HQ)
+        gl.store(p_lse + o_i, b_lse, mask=o_i < length)
+        m += 1
+        wait_for(placed, m)
+        i_h = told(places, m, HEAD)
     tma.store_wait(0)
 
 
@@ -403,28 +464,30 @@ def hopper_forward_kernel(
     if cu_seqlens is not None:
         cleared = new_barriers(1, 2)
     tiles = new_tiles(o_desc, 2)
+    places = gl.allocate_shared_memory(gl.int32, [2, 8], VECTOR)
+    placed = new_barriers(2, 1)
     fence_async_shared()
     gl.warp_specialize(
         [
             (
                 consume,
                 (
-                    0, o_desc, o, lse, sink, sums, marks, needed, q_0, k_ring, v_ring, until,
-                    cleared, tiles, cu_seqlens, scale, window, N, T, intervals, HQ, V,
+                    0, o_desc, o, lse, sink, sums, marks, q_0, k_ring, v_ring, until, places,
+                    placed, cleared, tiles, cu_seqlens, scale, window, T, intervals, HQ, V,
                 ),
             ),
             (
                 consume,
                 (
-                    1, o_desc, o, lse, sink, sums, marks, needed, q_1, k_ring, v_ring, until,
-                    cleared, tiles, cu_seqlens, scale, window, N, T, intervals, HQ, V,
+                    1, o_desc, o, lse, sink, sums, marks, q_1, k_ring, v_ring, until, places,
+                    placed, cleared, tiles, cu_seqlens, scale, window, T, intervals, HQ, V,
                 ),
             ),
             (
                 produce,
                 (
-                    q_desc, k_desc, v_desc, until_desc, q_0, q_1, k_ring, v_ring, until, needed,
-                    cu_seqlens, window, N, T, intervals, H, HQ,
+                    q_desc, k_desc, v_desc, until_desc, q_0, q_1, k_ring, v_ring, until, places,
+                    placed, needed, cu_seqlens, window, N, T, intervals, H, HQ,
                 ),
             ),
         ],
@@ -445,7 +508,7 @@ def run_forward(call: Call, q, k, v, sums, marks, sink, cu_seqlens) -> tuple[Ten
     until, needed = None, None
     if sums is not None:
         until = vectors(sums, block)
-        needed = marks.new_empty(HQ, call.intervals, dtype=torch.int32)
+        needed = marks.new_empty(HQ * call.intervals + 1, dtype=torch.int32)
         launch(
             needed_kernel,
             call.intervals * HQ,

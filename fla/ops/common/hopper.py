@@ -23,6 +23,10 @@ from fla.ops.common.workspace import Part
 CONSUMER_REGISTERS = gl.constexpr(240)
 
 
+# Of vectors in shared memory, however many lie there
+VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
 class Tiles(TensorDescriptor):
     """A descriptor that does not check again, on every call, what its engine has: 2 µs each."""
 
@@ -56,6 +60,12 @@ def vectors(x: Tensor, size: int) -> TensorDescriptor:
 def along(warps):
     """The layout of a vector over all threads."""
     return gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@gluon.jit
+def scalar(place):
+    """What lies in a piece [1] of shared memory."""
+    return gl.max(place.load(along(4)), 0)
 
 
 @gluon.jit

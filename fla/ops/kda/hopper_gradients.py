@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from fla.ops.common.hopper import along
+from fla.ops.common.hopper import VECTOR, along
 from fla.ops.common.kernels import LOG2E, SEARCH, power
 from fla.ops.common.launch import launch
 from fla.ops.kda.activations import sigmoid
@@ -21,7 +21,6 @@ from fla.ops.kda.hopper_pairs import CHANNELS, gains_at, put_step, rooms, throug
 from fla.ops.kda.hopper_tiles import (
     BLOCKS,
     SHARED,
-    VECTOR,
     C,
     as_mask,
     copied,

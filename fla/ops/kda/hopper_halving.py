@@ -12,12 +12,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from fla.ops.common.hopper import along
+from fla.ops.common.hopper import VECTOR, along
 from fla.ops.common.kernels import SEARCH
 from fla.ops.common.launch import launch
 from fla.ops.kda.halving import TILE, load_rate, replaced, weight_of
 from fla.ops.kda.hopper_intra import decays_of
-from fla.ops.kda.hopper_tiles import BLOCKS, PLAIN, VECTOR, C, as_mask, narrow, wide
+from fla.ops.kda.hopper_tiles import BLOCKS, PLAIN, C, as_mask, narrow, wide
 from fla.ops.kda.slots import locate
 
 # Tokens of half a block

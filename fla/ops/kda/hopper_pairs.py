@@ -10,8 +10,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fla.ops.common.hopper import VECTOR
 from fla.ops.kda.halving import TILE, joined, parts
-from fla.ops.kda.hopper_tiles import PLAIN, SHARED, VECTOR
+from fla.ops.kda.hopper_tiles import PLAIN, SHARED
 from fla.ops.kda.launches import GRADIENTS
 
 # Two blocks of 16 tokens are at work at once, so that a chunk of 64 takes two rounds.

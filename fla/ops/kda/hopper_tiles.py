@@ -11,9 +11,8 @@ C = gl.constexpr(64)
 BLOCKS = gl.constexpr(C.value // TILE.value)
 # A tile in shared memory whose rows and columns products of warps read without conflicts
 SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-# Numbers one after the other, in rows and as a vector
+# Numbers one after the other, in rows
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.constexpr_function

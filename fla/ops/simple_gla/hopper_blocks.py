@@ -6,12 +6,11 @@ The same as in ``common/kernels.py`` and ``blocks.py``, where tensors have no la
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fla.ops.common.hopper import VECTOR, scalar
 from fla.ops.simple_gla.blocks import CHUNK
 
 C = gl.constexpr(CHUNK)
 _BLOCK = gl.constexpr(256)
-# Of vectors in shared memory, however many lie there
-VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -24,12 +23,6 @@ def leading(x):
 def rounded(x):
     """x as bf16 holds it."""
     return leading((x.to(gl.int32, bitcast=True) + 0x8000).to(gl.float32, bitcast=True))
-
-
-@gluon.jit
-def scalar(place):
-    """What lies in a piece [1] of shared memory."""
-    return gl.max(place.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit

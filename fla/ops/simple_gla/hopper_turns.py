@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fla.ops.common.hopper import (
+    VECTOR,
     Ring,
     aggregate,
     arrive,
@@ -33,7 +34,6 @@ from fla.ops.common.kernels import LOG2E, multiprocessors, power
 from fla.ops.common.launch import launch
 from fla.ops.simple_gla.blocks import Call
 from fla.ops.simple_gla.hopper_blocks import (
-    VECTOR,
     C,
     chunks_of,
     seen,

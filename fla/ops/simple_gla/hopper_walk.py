@@ -19,22 +19,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fla.ops.common.hopper import (
+    VECTOR,
     Ring,
     arrive,
     descriptor,
     new_ring,
     new_tiles,
+    scalar,
     wait_before,
 )
 from fla.ops.common.kernels import LARGEST_EXPONENT, LOG2E, cdiv, power
 from fla.ops.common.launch import launch
 from fla.ops.simple_gla.blocks import Call
 from fla.ops.simple_gla.hopper_blocks import (
-    VECTOR,
     C,
     leading,
     rounded,
-    scalar,
     seen,
     sequences_in,
     sum_of,
