@@ -2,8 +2,8 @@
 
 There programs with 64 columns of the state leave half of the chip idle.  These have 32, and nothing
 but the state is on their chain.  One warp copies tiles and says where each chunk lies; four carry
-the state and lay down what enters each chunk; of those who put out, four each, everyone has every
-second or third chunk: its pairs, what is added to the state, and its output.
+the state and lay down what enters each chunk; of three times four who put out each has every third
+chunk: its pairs, what is added to the state, and its output.
 """
 
 import torch
@@ -55,10 +55,11 @@ from fla.ops.simple_gla.hopper_walk import (
     produce,
 )
 
+# How many take turns, and registers of a thread of each; what they leave is the state's
+TURNS = gl.constexpr(3)
+REGISTERS = gl.constexpr(120)
 COPY_REGISTERS = gl.constexpr(24)
 _COLUMNS = 32
-# By keys: how many take turns, and registers of a thread of each; what they leave is the state's
-_TURNS = {64: (3, 120), 128: (2, 168)}
 # Bytes of shared memory for tiles
 _SHARED = 224 << 10
 
@@ -104,8 +105,12 @@ def carry_on(
     o_z = i_z * BZ + gl.arange(0, BZ, gl.SliceLayout(0, STATE))[None, :]
     p_state = o_z * X + o_x if V_FIRST else o_x * Z + o_z  # [X, BZ]
     n = 0
+    passing.x_ring.wait(n, n < count)
+    kept = 1.0
+    if GATED:
+        there = place_of(passing.places, n, THERE)
+        kept = power(sum_of(passing.s_tiles, gamma, n, there, REVERSE, SUMMED))
     while n < count:
-        passing.x_ring.wait(n)
         marks = place_of(passing.places, n, MARKS)
         place = (place_of(passing.places, n, SEQUENCE) * H + i_h).to(gl.int64) * (X * Z)
         b_s = gl.zeros([X, BZ], gl.float32, STATE)
@@ -114,12 +119,10 @@ def carry_on(
             b_s += gl.load(start + place + p_state, mask=m, other=0.0).to(gl.float32)
         within = n >= 0  # a sequence has a chunk
         while within:
-            passing.x_ring.wait(n)
             wait_before(passing.h_ring.empty, n)
             passing.h_ring.tile(n).store(b_s.to(passing.h_ring.tiles.dtype))
             if GATED:
-                there = place_of(passing.places, n, THERE)
-                b_s = b_s * power(sum_of(passing.s_tiles, gamma, n, there, REVERSE, SUMMED))
+                b_s = b_s * kept
             wait_for(passing.u_ready, n)
             u = tile_of(passing.u_tiles, n)
             b_s = warpgroup_mma(passing.y_ring.tile(n).permute((1, 0)), u, b_s, is_async=True)
@@ -128,6 +131,10 @@ def carry_on(
             gl.thread_barrier()
             arrive(passing.h_ring.ready, n)
             marks = place_of(passing.places, n, MARKS)
+            passing.x_ring.wait(n + 1, n + 1 < count)
+            if GATED:
+                there = place_of(passing.places, n + 1, THERE)
+                kept = power(sum_of(passing.s_tiles, gamma, n + 1, there, REVERSE, SUMMED))
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
             gl.thread_barrier()
             arrive(passing.u_done, n)
@@ -171,7 +178,7 @@ def put_out(
             clear(z, there, FLAT)
             fence_async_shared()
             gl.thread_barrier()
-        x = passing.x_ring.tile(n).load(gl.DotOperandLayout(0, PAIRS, 2))
+        x = passing.x_ring.tile(n)
         b_a = gl.zeros([C, C], gl.float32, PAIRS)
         b_a = warpgroup_mma(
             x, passing.y_ring.tile(n).permute((1, 0)), b_a, use_acc=False, is_async=True
@@ -196,7 +203,6 @@ def put_out(
             b_q = power(b_q)
         passing.h_ring.wait(n)
         b_o = gl.zeros([C, BZ], gl.float32, ACC)
-        x = gl.convert_layout(x, gl.DotOperandLayout(0, ACC, 2))
         b_o = warpgroup_mma(x, passing.h_ring.tile(n), b_o, use_acc=False, is_async=True)
         b_a = warpgroup_mma_wait(1, deps=(b_a,))
         if GATED:
@@ -232,7 +238,7 @@ def put_out(
 def hopper_turns_kernel(
     out, sums, g_gamma, start, end, cu_seqlens, x_desc, y_desc, z_desc, o_desc, scale, N, T,
     H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
-    V_FIRST: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
+    V_FIRST: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What ``walk_kernel`` does for outputs, in one piece and without a normaliser.
 
@@ -316,9 +322,9 @@ def hopper_turns_kernel(
                     H, X, Z, REVERSE, GATED, SUMMED, 2,
                 ),
             ),
-        ][: 2 + TURNS],
-        [1, 4, 4, 4][: 1 + TURNS],
-        [COPY_REGISTERS, REGISTERS, REGISTERS, REGISTERS][: 1 + TURNS],
+        ],
+        [1, 4, 4, 4],
+        [COPY_REGISTERS, REGISTERS, REGISTERS, REGISTERS],
     )  # fmt: skip
 
 
@@ -327,7 +333,7 @@ def takes(q: Tensor, v: Tensor) -> bool:
     B, _, H, V = v.shape
     programs = B * H * (V // _COLUMNS)
     many = multiprocessors(q.device)
-    return q.shape[-1] in _TURNS and many < 2 * programs <= 2 * many
+    return q.shape[-1] <= 128 and many < 2 * programs <= 2 * many
 
 
 def run_turns(
@@ -339,9 +345,8 @@ def run_turns(
     out = torch.empty_like(z)
     sums, _, g_gamma = decays
     tiles = (x, X), (y, X), (z, _COLUMNS), (out, _COLUMNS)
-    turns, registers = _TURNS[X]
     tile = 2 * C.value * _COLUMNS
-    chunk = 4 * C.value * X + tile
+    stage, turn = 4 * C.value * X + tile, 2 * X * _COLUMNS + tile
     launch(
         hopper_turns_kernel,
         B * H * (Z // _COLUMNS),
@@ -353,9 +358,7 @@ def run_turns(
             "Z": Z,
             "REVERSE": call.constants["REVERSE"],
             "V_FIRST": v_first,
-            "STAGES": min((_SHARED - turns * (2 * X * _COLUMNS + tile)) // chunk, 8),
-            "TURNS": turns,
-            "REGISTERS": registers,
+            "STAGES": min((_SHARED - TURNS.value * turn) // stage, 8),
             "num_warps": 4,
         },
     )
