@@ -48,12 +48,12 @@ def bounds(*lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)], device="cuda", dtype=torch.int32)
 
 
-def operands(B, T, HQ, H, dtype=torch.bfloat16, gate=None, sink=False):
+def operands(B, T, HQ, H, dtype=torch.bfloat16, gate=None, sink=False, D=128):
     """do, q, k, v, g and the sink; g is logsigmoid(N(gate, 1)), at times what nothing survives."""
     torch.manual_seed(T)
 
     def draw(heads):
-        return torch.randn(B, T, heads, 128, device="cuda", dtype=dtype)
+        return torch.randn(B, T, heads, D, device="cuda", dtype=dtype)
 
     g = None
     if gate is not None:
@@ -87,9 +87,10 @@ def gradients(do, q, k, v, g=None, sink_bias=None, **options):
     ],
 )
 @pytest.mark.parametrize("lengths", DENSE + PACKED)
-def test_against_fp64(lengths, variant, group, dtype):
+@pytest.mark.parametrize("D", [64, 128])
+def test_against_fp64(D, lengths, variant, group, dtype):
     with hopper() as launched:
-        shape = shape_of(lengths, K=128, V=128, group=group)
+        shape = shape_of(lengths, K=D, V=D, group=group)
         check(SPEC, shape, variant, dtype)
     assert launched
 
@@ -112,7 +113,8 @@ def test_against_fp64(lengths, variant, group, dtype):
     ],
 )
 def test_agrees_with_triton(size, lengths, gate, sink, scale, window):
-    given = operands(*size, gate=gate, sink=sink)
+    D = 64 if scale < 0 else 128
+    given = operands(*size, gate=gate, sink=sink, D=D)
     boundaries = bounds(*lengths) if lengths else None
     options = {"scale": scale, "window_size": window, "cu_seqlens": boundaries}
     with hopper() as launched:
@@ -129,6 +131,8 @@ def test_agrees_with_triton(size, lengths, gate, sink, scale, window):
     "size, gate, sink, options",
     [
         ((2, 2048, 32, 8), None, False, {}),
+        ((2, 2048, 32, 8), None, False, {"D": 64}),
+        ((1, 4096, 32, 8), 4.0, True, {"D": 64, "lengths": (0, 1300, 1, 548, 100, 2000)}),
         ((1, 4097, 8, 8), None, True, {}),
         ((2, 2048, 32, 8), 12.0, False, {}),
         ((2, 2048, 32, 8), 4.0, False, {}),
@@ -143,8 +147,8 @@ def test_agrees_with_triton(size, lengths, gate, sink, scale, window):
 )
 def test_a_thousand_times_the_same_bits(size, gate, sink, options):
     """Where a barrier is missing, or programs add when they come, they move."""
-    given = operands(*size, gate=gate, sink=sink)
     options = dict(options)
+    given = operands(*size, gate=gate, sink=sink, D=options.pop("D", 128))
     if "lengths" in options:
         options["cu_seqlens"] = bounds(*options.pop("lengths"))
     with hopper():
@@ -177,8 +181,9 @@ def test_what_lies_beside_a_sequence_is_not_read(gate):
 
 @pytest.mark.parametrize("window", [None, 90])
 @pytest.mark.parametrize("gate", [None, 4.0])
-def test_packed_sequences_do_not_read_each_other(gate, window):
-    do, q, k, v, *rest = operands(1, 500, 8, 2, gate=gate)
+@pytest.mark.parametrize("D", [64, 128])
+def test_packed_sequences_do_not_read_each_other(D, gate, window):
+    do, q, k, v, *rest = operands(1, 500, 8, 2, gate=gate, D=D)
     arguments = [x for x in (do, q, k, v, rest[0]) if x is not None]
     with hopper() as launched:
         run = functools.partial(gradients, window_size=window)
@@ -243,7 +248,7 @@ def test_stays_in_its_memory():
 
 def main() -> None:
     sizes = (1, 1, 8, 2), (2, 300, 8, 2), (1, 700, 8, 2)
-    variants = {}, {"gate": 0.0}, {"gate": 12.0}, {"sink": True}
+    variants = {}, {"gate": 0.0}, {"gate": 12.0, "D": 64}, {"sink": True}, {"D": 64}
     with hopper() as launched:
         for size, more, window in itertools.product(sizes, variants, (None, 1, 100)):
             given = operands(*size, **more)
@@ -252,7 +257,7 @@ def main() -> None:
                 lengths = 0, size[1] // 2, 1 % size[1], 0, size[1] // 3
                 gradients(*given, window_size=window, cu_seqlens=bounds(*lengths))
             torch.cuda.synchronize()
-    assert len(launched) == 60
+    assert len(launched) == 75
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from fla.ops.common.hopper import descriptor
 from fla.ops.common.kernels import LOG2E, SEARCH, cdiv, dense, first_slot
 from fla.ops.common.launch import launch
 
-HEAD = 128
+HEADS = (64, 128)
 # Heads of a program that sums a gate's gradient: it writes them side by side.
 _HEADS = 16
 
@@ -174,7 +174,7 @@ def dq_kernel(
 def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     """Return the gradients of q, k, v, g and the sink."""
     window = hiding(options.window_size, q.shape[1])
-    if q.shape[-1] == v.shape[-1] == HEAD and pays(v, g, cu_seqlens, window):
+    if q.shape[-1] == v.shape[-1] and v.shape[-1] in HEADS and pays(v, g, cu_seqlens, window):
         signed, scale = portable.rising(q, options.scale)
         tensors = dense(do, signed, k, v, o)
         if all(x.data_ptr() % 16 == 0 for x in tensors):
@@ -248,7 +248,9 @@ def run_backward(call: Call, do, q, k, v, o, lse, g, gates, marks, sink, cu_seql
         programs,
         (dk, dv, sums, turns, counters, needed, latest, row_sums, column_sums, cu_seqlens),
         (
-            *(descriptor(x, block, D) for x in (q, k, v, do)),
+            *(descriptor(x, block, D) for x in (q, k, v)),
+            descriptor(k, block, D // 2) if D == 64 else None,
+            descriptor(do, block, D),
             _lines(rows),
             None if pairs is None else _lines(pairs),
             *(descriptor(x, block, D) for x in (dk, dv)),

@@ -55,17 +55,21 @@ TURNS = gl.constexpr(4)
 HELPER_REGISTERS = gl.constexpr(32)
 
 
+@gluon.constexpr_function
+def as_threads_hold(columns):
+    """The layout of a part of dq [ROWS, columns] as one vector."""
+    rest = [[at] for at in (512, 1024, 2048) if at < ROWS.value * columns]
+    quads = [[4], [8], [16], [32], [64]]
+    return gl.DistributedLinearLayout(
+        [[1], [2], *rest], quads, [[128], [256]], [], [ROWS.value * columns]
+    )
+
+
 @gluon.jit
 def offer(i_w: gl.constexpr, m, b_dq, parts, offered, taken):
     """Give a step's part of dq away in the order in which threads hold it, four side by side."""
     W: gl.constexpr = b_dq.shape[1]
-    FLAT: gl.constexpr = gl.DistributedLinearLayout(
-        [[1], [2], [512], [1024], [2048]],
-        [[4], [8], [16], [32], [64]],
-        [[128], [256]],
-        [],
-        [ROWS * W],
-    )
+    FLAT: gl.constexpr = as_threads_hold(W)
     wait_before(taken, 2 * m + i_w)
     b_dq = b_dq.reshape([4, 2, 8, W // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([ROWS * W])
     part = parts.index((2 * m + i_w) % parts.shape[0])
@@ -84,15 +88,22 @@ def product_with_queries(x, ring, m):
 
 
 @gluon.jit
-def product_with_keys(i_w: gl.constexpr, m, wanted, k_tiles, ds_0, ds_1, ready):
-    """Start dS k [ROWS, D / 2] of step m, half i_w of its columns, when dS is ``ready``."""
+def product_with_keys(i_w: gl.constexpr, m, wanted, k_tiles, column_tiles, ds_0, ds_1, ready):
+    """Start dS k [ROWS, D / 2] of step m, half i_w of its columns, when dS is ``ready``.
+
+    Half of a narrow k is no operand, unless it lies in tiles of its own.
+    """
     D: gl.constexpr = k_tiles.shape[4]
     W: gl.constexpr = D // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W, 16])
     wait_for(ready, m, wanted)
     b_dq = gl.zeros([ROWS, W], gl.float32, LAYOUT)
-    k_0 = k_tiles.index(0).reshape([ROWS, D]).slice(i_w * W, W, 1)
-    k_1 = k_tiles.index(1).reshape([ROWS, D]).slice(i_w * W, W, 1)
+    if column_tiles is None:
+        k_0 = k_tiles.index(0).reshape([ROWS, D]).slice(i_w * W, W, 1)
+        k_1 = k_tiles.index(1).reshape([ROWS, D]).slice(i_w * W, W, 1)
+    else:
+        k_0 = column_tiles.index(i_w).reshape([ROWS, W])
+        k_1 = column_tiles.index(2 + i_w).reshape([ROWS, W])
     ds = ds_0.index(m % DS_STAGES)
     b_dq = warpgroup_mma(ds.permute((1, 0)), k_0, b_dq, use_acc=False, is_async=True)
     ds = ds_1.index(m % DS_STAGES)
@@ -174,7 +185,7 @@ def sums_of_rows(b_ds):
 
 @gluon.jit
 def meet(
-    i_w: gl.constexpr, m, count, b_dk, b_dv, k, v, parts, offered, taken, k_tiles,
+    i_w: gl.constexpr, m, count, b_dk, b_dv, k, v, parts, offered, taken, k_tiles, column_tiles,
     q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read, row_parts,
     column_parts, window, steps, scale, NEAR: gl.constexpr,
 ):  # fmt: skip
@@ -247,7 +258,7 @@ def meet(
         arrive(mine, m)
         # in the first step there is none before it: a product of anything, which is not used
         previous = m - 1 + gl.where(m == 0, DS_STAGES, 0)
-        b_dq = product_with_keys(i_w, previous, m > 0, k_tiles, ds_0, ds_1, other)
+        b_dq = product_with_keys(i_w, previous, m > 0, k_tiles, column_tiles, ds_0, ds_1, other)
         b_dv, b_p, b_dk, b_a, b_dq = warpgroup_mma_wait(0, deps=(b_dv, b_p, b_dk, b_a, b_dq))
         q_ring.release(m)
         if m > 0:
@@ -259,9 +270,10 @@ def meet(
 
 @gluon.jit
 def consume(
-    i_w: gl.constexpr, dk_desc, dv_desc, dk, dv, parts, offered, taken, k_tiles, v_tiles, ready,
-    q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read, row_parts,
-    column_parts, window, steps, scale, dk_scale, H: gl.constexpr, PACKED: gl.constexpr,
+    i_w: gl.constexpr, dk_desc, dv_desc, dk, dv, parts, offered, taken, k_tiles, v_tiles,
+    column_tiles, ready, q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1,
+    read, row_parts, column_parts, window, steps, scale, dk_scale,
+    H: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of keys [ROWS i_w, ROWS (i_w + 1)) of the program; of all of them half of dq."""
     D: gl.constexpr = k_tiles.shape[4]
@@ -277,12 +289,12 @@ def consume(
         for near in gl.static_range(1 if steps.BY_HEAD else 2):
             count = steps.far if near == 0 else steps.count() - steps.near()
             m, b_dk, b_dv = meet(
-                i_w, m, count, b_dk, b_dv, k, v, parts, offered, taken, k_tiles, q_ring, do_ring,
-                row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read, row_parts, column_parts,
-                window, steps, scale, near == 1,
+                i_w, m, count, b_dk, b_dv, k, v, parts, offered, taken, k_tiles, column_tiles,
+                q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read,
+                row_parts, column_parts, window, steps, scale, near == 1,
             )  # fmt: skip
         other = ready_1 if i_w == 0 else ready_0
-        b_dq = product_with_keys(i_w, m - 1, True, k_tiles, ds_0, ds_1, other)
+        b_dq = product_with_keys(i_w, m - 1, True, k_tiles, column_tiles, ds_0, ds_1, other)
         b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
         offer(i_w, m - 1, b_dq, parts, offered, taken)
         # v has been read by all warps
@@ -295,16 +307,16 @@ def consume(
 @gluon.jit(do_not_specialize=["window", "N", "T", "intervals"])
 def hopper_backward_kernel(
     dk, dv, sums, turns, ticket, needed, latest, row_sums, column_sums, cu_seqlens,
-    q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, dk_desc, dv_desc,
+    q_desc, k_desc, v_desc, columns_desc, do_desc, rows_desc, gates_desc, dk_desc, dv_desc,
     scale, dk_scale, window, N, T, intervals, H: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of KEYS keys of a key head, summed over its G query heads, and their part of dq.
 
-    A producer reads k and v [KEYS, D], and of each later block of queries and head q and do
-    [ROWS, D], −lse and Δ [ROWS].  Two consumers write dk and dv [ROWS, D]; one warp adds what they
-    give to dq to sums [HQ, blocks, ROWS · D], one waits for its turn there, one passes it on.
-    With gates, which come with the rows, it also adds Σ_j dS_ij to row_sums [HQ, blocks, ROWS], and
-    Σ_i dS_ij to column_sums, of the same shape.
+    A producer reads k and v [KEYS, D], where D is 64 k again in tiles of half its columns, and of
+    each later block of queries and head q and do [ROWS, D], −lse and Δ [ROWS].  Two consumers write
+    dk and dv [ROWS, D]; one warp adds what they give to dq to sums [HQ, blocks, ROWS · D], one
+    waits for its turn there, one passes it on.  With gates, which come with the rows, it also adds
+    Σ_j dS_ij to row_sums [HQ, blocks, ROWS], and Σ_i dS_ij to column_sums, of the same shape.
     """
     q_tiles = new_tiles(q_desc, STAGES)
     do_tiles = new_tiles(do_desc, STAGES)
@@ -326,6 +338,9 @@ def hopper_backward_kernel(
     read = new_barriers(DS_STAGES, 2)
     k_tiles = new_tiles(k_desc, 2)
     v_tiles = new_tiles(v_desc, 2)
+    column_tiles: gl.constexpr = None
+    if columns_desc is not None:
+        column_tiles = new_tiles(columns_desc, 4)
     come = new_barriers(TURNS, 1)
     added = new_barriers(TURNS, 1)
     told = new_barriers(TURNS, 1)
@@ -355,24 +370,27 @@ def hopper_backward_kernel(
             (
                 consume,
                 (
-                    0, dk_desc, dv_desc, dk, dv, parts, offered, taken, k_tiles, v_tiles, ready,
-                    q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read,
-                    row_parts, column_parts, window, steps, scale, dk_scale, H, PACKED,
+                    0, dk_desc, dv_desc, dk, dv, parts, offered, taken, k_tiles, v_tiles,
+                    column_tiles, ready, q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1,
+                    ready_0, ready_1, read, row_parts, column_parts, window, steps, scale,
+                    dk_scale, H, PACKED,
                 ),
             ),
             (
                 consume,
                 (
-                    1, dk_desc, dv_desc, dk, dv, parts, offered, taken, k_tiles, v_tiles, ready,
-                    q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1, ready_0, ready_1, read,
-                    row_parts, column_parts, window, steps, scale, dk_scale, H, PACKED,
+                    1, dk_desc, dv_desc, dk, dv, parts, offered, taken, k_tiles, v_tiles,
+                    column_tiles, ready, q_ring, do_ring, row_tiles, gate_tiles, ds_0, ds_1,
+                    ready_0, ready_1, read, row_parts, column_parts, window, steps, scale,
+                    dk_scale, H, PACKED,
                 ),
             ),
             (
                 produce,
                 (
-                    q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, k_tiles, v_tiles,
-                    ready, q_ring, do_ring, row_tiles, gate_tiles, needed, window, steps, PACKED,
+                    q_desc, k_desc, v_desc, columns_desc, do_desc, rows_desc, gates_desc, k_tiles,
+                    v_tiles, column_tiles, ready, q_ring, do_ring, row_tiles, gate_tiles, needed,
+                    window, steps, PACKED,
                 ),
             ),
             (await_turns, (come, told, turns, needed, window, steps)),

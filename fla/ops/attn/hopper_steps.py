@@ -188,8 +188,9 @@ def clear(tile, live):
 
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, gates_desc, k_tiles, v_tiles, ready,
-    q_ring, do_ring, row_tiles, gate_tiles, needed, window, steps, PACKED: gl.constexpr,
+    q_desc, k_desc, v_desc, columns_desc, do_desc, rows_desc, gates_desc, k_tiles, v_tiles,
+    column_tiles, ready, q_ring, do_ring, row_tiles, gate_tiles, needed, window, steps,
+    PACKED: gl.constexpr,
 ):  # fmt: skip
     """Copy the program's keys and values; then of each step q with its rows and gates, and do.
 
@@ -201,11 +202,20 @@ def produce(
         left = steps.live - steps.j * KEYS
         if PACKED:
             arrived = ready.index((left < KEYS).to(gl.int32))
-        mbarrier.expect(arrived, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+        again: gl.constexpr = 0 if columns_desc is None else k_desc.block_type.nbytes
+        mbarrier.expect(arrived, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes + again))
         for i_w in gl.static_range(2):
-            place = [steps.row, steps.bos + steps.j * KEYS + i_w * ROWS, steps.i_h, 0]
+            first = steps.bos + steps.j * KEYS + i_w * ROWS
+            place = [steps.row, first, steps.i_h, 0]
             tma.async_copy_global_to_shared(k_desc, place, arrived, k_tiles.index(i_w))
             tma.async_copy_global_to_shared(v_desc, place, arrived, v_tiles.index(i_w))
+            if columns_desc is not None:
+                for half in gl.static_range(2):
+                    column = half * columns_desc.block_type.shape[3]
+                    tma.async_copy_global_to_shared(
+                        columns_desc, [steps.row, first, steps.i_h, column], arrived,
+                        column_tiles.index(2 * i_w + half),
+                    )  # fmt: skip
         if PACKED:
             if left < KEYS:
                 mbarrier.wait(arrived, 0)
@@ -213,6 +223,10 @@ def produce(
                 for i_w in gl.static_range(2):
                     clear(k_tiles.index(i_w).reshape([ROWS, D]), left - i_w * ROWS)
                     clear(v_tiles.index(i_w).reshape([ROWS, D]), left - i_w * ROWS)
+                    if columns_desc is not None:
+                        for half in gl.static_range(2):
+                            columns = column_tiles.index(2 * i_w + half)
+                            clear(columns.reshape([ROWS, D // 2]), left - i_w * ROWS)
                 fence_async_shared()
                 gl.thread_barrier()
                 mbarrier.arrive(ready.index(0), count=1)
