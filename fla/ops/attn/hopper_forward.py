@@ -59,11 +59,11 @@ from fla.ops.common.kernels import (
 from fla.ops.common.launch import launch
 
 # 2 × 64 queries meet 128 keys, an interval of gates: logits, weights and output of a consumer fill
-# its registers, and two stages of keys and values, the queries and the output three quarters of the
-# shared memory.
+# its registers.  With heads of 128 two stages of keys and values, the queries and the output fill
+# three quarters of the shared memory; narrow ones leave room for the queries of the next tile and
+# for twice as many stages, of which each is over in half the time.
 ROWS = gl.constexpr(64)
 BLOCK = SPAN
-STAGES = gl.constexpr(2)
 # What a thread may have: a producer that also looks for its sequence does with no less than 40
 CONSUMER_REGISTERS = gl.constexpr(232)
 PRODUCER_REGISTERS = gl.constexpr(40)
@@ -78,6 +78,9 @@ LIVE = gl.constexpr(5)
 LOW = gl.constexpr(6)
 FULL = gl.constexpr(7)
 NONE = gl.constexpr(-1)
+# Tiles whose places are kept.  When one is written the queries of the third before it, at the
+# least, have been left.
+PLACES = gl.constexpr(4)
 
 
 def forward(q, k, v, g, sink_bias, cu_seqlens, options):
@@ -213,12 +216,11 @@ def produce(
             slot = first_slot(cu_seqlens, i_n, bos, T, BLOCK)
             low, full, last = key_blocks(i_b, live, window, needed, i_h * intervals + slot)
             first = start + i_b * BLOCK
-            # Both consumers have read the place before the last: they have left its queries
             b_p = gl.where(o_p == HEAD, i_h, gl.where(o_p == SEQUENCE, i_n, i_b))
             b_p = gl.where(o_p == FIRST, bos, gl.where(o_p == LENGTH, length, b_p))
             b_p = gl.where(o_p == LIVE, live, gl.where(o_p == LOW, low, b_p))
             b_p = gl.where(o_p == FULL, full, b_p)
-            places.index(m % 2).store(b_p.to(gl.int32))
+            places.index(m % PLACES).store(b_p.to(gl.int32))
             gl.thread_barrier()
             arrive(placed, m)
             q_0.fill(q_desc, [row, first, i_h, 0], m)
@@ -236,7 +238,7 @@ def produce(
                 n += 1
         turn += 1
         i = next_tile(taken, turn)
-    places.index(m % 2).store(gl.where(o_p == HEAD, NONE, 0).to(gl.int32))
+    places.index(m % PLACES).store(gl.where(o_p == HEAD, NONE, 0).to(gl.int32))
     gl.thread_barrier()
     arrive(placed, m)
 
@@ -244,7 +246,7 @@ def produce(
 @gluon.jit
 def told(places, m, WHAT: gl.constexpr):
     """What ``produce`` says of the m-th tile: WHAT of its place."""
-    return scalar(places.index(m % 2).slice(WHAT, 1))
+    return scalar(places.index(m % PLACES).slice(WHAT, 1))
 
 
 @gluon.jit
@@ -292,7 +294,10 @@ def meet(
             between += gl.load(p_total + i_s).to(gl.float64)
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
         if until is not None:
-            b_s = b_s * scale + until.index(n % STAGES).load(gl.SliceLayout(0, LOGITS))[None, :]
+            b_s = (
+                b_s * scale
+                + until.index(n % until.shape[0]).load(gl.SliceLayout(0, LOGITS))[None, :]
+            )
         k_ring.release(n)
         if MASKED:
             b_s = masked(b_s, o_i, i_s * BLOCK, window)
@@ -447,14 +452,15 @@ def consume(
 def hopper_forward_kernel(
     o, lse, sink, sums, marks, needed, cu_seqlens, q_desc, k_desc, v_desc, o_desc, until_desc,
     scale, window, N, T, intervals, H: gl.constexpr, HQ: gl.constexpr, V: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """What ``forward.forward_kernel`` gives, in tiles of BLOCK queries from the longest on.
 
     A producer reads q [2, ROWS, D] and, with the gates, k and v [BLOCK, D] before them; each of two
     consumers writes o [ROWS, D] and lse [ROWS].
     """
-    q_0 = new_ring(q_desc, 1, 1)
-    q_1 = new_ring(q_desc, 1, 1)
+    q_0 = new_ring(q_desc, STAGES // 2, 1)
+    q_1 = new_ring(q_desc, STAGES // 2, 1)
     k_ring = new_ring(k_desc, STAGES, 2)
     v_ring = new_ring(v_desc, STAGES, 2)
     until: gl.constexpr = None
@@ -464,8 +470,8 @@ def hopper_forward_kernel(
     if cu_seqlens is not None:
         cleared = new_barriers(1, 2)
     tiles = new_tiles(o_desc, 2)
-    places = gl.allocate_shared_memory(gl.int32, [2, 8], VECTOR)
-    placed = new_barriers(2, 1)
+    places = gl.allocate_shared_memory(gl.int32, [PLACES, 8], VECTOR)
+    placed = new_barriers(PLACES, 1)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -504,7 +510,8 @@ def run_forward(call: Call, q, k, v, sums, marks, sink, cu_seqlens) -> tuple[Ten
     lse = q.new_empty(B, HQ, T, dtype=torch.float32)
     rows, block = ROWS.value, BLOCK.value
     operands = ((q, rows), (k, block), (v, block), (o, rows))
-    descriptors = [descriptor(x, n, max(power_of_two(x.shape[-1]), 64)) for x, n in operands]
+    sizes = [max(power_of_two(x.shape[-1]), 64) for x, _ in operands]
+    descriptors = [descriptor(x, n, size) for (x, n), size in zip(operands, sizes, strict=True)]
     until, needed = None, None
     if sums is not None:
         until = vectors(sums, block)
@@ -522,6 +529,6 @@ def run_forward(call: Call, q, k, v, sums, marks, sink, cu_seqlens) -> tuple[Ten
         min(call.blocks(block) * HQ, multiprocessors(q.device)),
         (o, lse, sink, sums, marks, needed, cu_seqlens),
         (*descriptors, until, scale, *numbers),
-        {"H": H, "HQ": HQ, "V": V, "num_warps": 4},
+        {"H": H, "HQ": HQ, "V": V, "STAGES": 4 if max(sizes) == 64 else 2, "num_warps": 4},
     )
     return o, lse
