@@ -300,7 +300,7 @@ def where(m: Any, a: Any, b: Any) -> Value:
 def allocate_shared_memory(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
     if layout == "barriers":
         return Barriers(shape)
-    unset = torch.nan if dtype.is_floating_point else -1
+    unset = torch.nan if dtype.is_floating_point else 1 << 20
     return Shared(torch.full([int(size) for size in shape], unset, dtype=dtype))
 
 

@@ -53,7 +53,9 @@ def test_compiles(dtype, D, gate, bounds, window, sink, tmp_path):
     )
     assert "wgmma.wait_group.sync.aligned 1" in order
     arrivals = [i for i, each in enumerate(order) if each == "mbarrier.arrive.shared"]
-    assert arrivals and all(order[i - 1].startswith("bar.") for i in arrivals)
+    # but the single warp that says where tiles lie, and that there are no more
+    assert len(arrivals) > 2 and sum(order[i - 1] == "bar.warp.sync" for i in arrivals) == 2
+    assert all(order[i - 1].startswith("bar.") for i in arrivals)
     usage = dumped(kernel, tmp_path, "-res-usage")
     stack = max(map(int, re.findall(r"STACK:(\d+)", usage)))
     assert stack <= (0 if g is None else SCRAPS) and "LOCAL:0" in usage, usage

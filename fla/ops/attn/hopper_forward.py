@@ -41,7 +41,7 @@ from fla.ops.common.hopper import (
     new_barriers,
     new_ring,
     new_tiles,
-    scalar,
+    told,
     vectors,
     wait_for,
 )
@@ -67,16 +67,16 @@ BLOCK = SPAN
 # What a thread may have: a producer that also looks for its sequence does with no less than 40
 CONSUMER_REGISTERS = gl.constexpr(232)
 PRODUCER_REGISTERS = gl.constexpr(40)
-# A tile's place: its head, or NONE, its sequence and which of its blocks it is; the first token of
-# that, its length and how many of its tokens live; which blocks of keys are met
+# A tile's place: its head, or NONE; its sequence, where that begins, how long it is and how many of
+# its tokens live; and which blocks of keys it meets, see ``key_blocks``
 HEAD = gl.constexpr(0)
 SEQUENCE = gl.constexpr(1)
-QUERIES = gl.constexpr(2)
-FIRST = gl.constexpr(3)
-LENGTH = gl.constexpr(4)
-LIVE = gl.constexpr(5)
-LOW = gl.constexpr(6)
-FULL = gl.constexpr(7)
+BOS = gl.constexpr(2)
+LENGTH = gl.constexpr(3)
+LIVE = gl.constexpr(4)
+LOW = gl.constexpr(5)
+FULL = gl.constexpr(6)
+LAST = gl.constexpr(7)
 NONE = gl.constexpr(-1)
 # Tiles whose places are kept.  When one is written the queries of the third before it, at the
 # least, have been left.
@@ -216,8 +216,8 @@ def produce(
             slot = first_slot(cu_seqlens, i_n, bos, T, BLOCK)
             low, full, last = key_blocks(i_b, live, window, needed, i_h * intervals + slot)
             first = start + i_b * BLOCK
-            b_p = gl.where(o_p == HEAD, i_h, gl.where(o_p == SEQUENCE, i_n, i_b))
-            b_p = gl.where(o_p == FIRST, bos, gl.where(o_p == LENGTH, length, b_p))
+            b_p = gl.where(o_p == HEAD, i_h, gl.where(o_p == SEQUENCE, i_n, last))
+            b_p = gl.where(o_p == BOS, bos, gl.where(o_p == LENGTH, length, b_p))
             b_p = gl.where(o_p == LIVE, live, gl.where(o_p == LOW, low, b_p))
             b_p = gl.where(o_p == FULL, full, b_p)
             places.index(m % PLACES).store(b_p.to(gl.int32))
@@ -241,12 +241,6 @@ def produce(
     places.index(m % PLACES).store(gl.where(o_p == HEAD, NONE, 0).to(gl.int32))
     gl.thread_barrier()
     arrive(placed, m)
-
-
-@gluon.jit
-def told(places, m, WHAT: gl.constexpr):
-    """What ``produce`` says of the m-th tile: WHAT of its place."""
-    return scalar(places.index(m % PLACES).slice(WHAT, 1))
 
 
 @gluon.jit
@@ -353,12 +347,12 @@ def consume(
     i_h = told(places, m, HEAD)
     while i_h != NONE:
         i_n = told(places, m, SEQUENCE)
-        last = told(places, m, QUERIES)
-        bos = told(places, m, FIRST)
+        bos = told(places, m, BOS)
         length = told(places, m, LENGTH)
         live = told(places, m, LIVE)
         low = told(places, m, LOW)
         full = told(places, m, FULL)
+        last = told(places, m, LAST)
         slot = first_slot(cu_seqlens, i_n, bos, T, BLOCK)
         i_q = last * BLOCK
         o_i = i_q + i_w * ROWS + gl.arange(0, ROWS, ROW)

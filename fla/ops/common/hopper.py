@@ -64,8 +64,14 @@ def along(warps):
 
 @gluon.jit
 def scalar(place):
-    """What lies in a piece [1] of shared memory."""
+    """What lies in a piece [1] of shared memory, for a partition of four warps."""
     return gl.max(place.load(along(4)), 0)
+
+
+@gluon.jit
+def told(places, i, WHAT: gl.constexpr):
+    """Number WHAT of the i-th place that a producer has laid down in ``places`` [2^n, numbers]."""
+    return scalar(places.index(i & places.shape[0] - 1).slice(WHAT, 1))
 
 
 @gluon.jit
@@ -183,14 +189,6 @@ def slot_of(turn):
     if turn % 2 == 1:
         slot = gl.num_programs(0) - 1 - slot
     return slot
-
-
-@gluon.jit
-def turns(tiles):
-    """How many of ``tiles`` this program takes."""
-    rounds = tiles // gl.num_programs(0)
-    rest = tiles - rounds * gl.num_programs(0)
-    return rounds + (slot_of(rounds) < rest).to(gl.int32)
 
 
 @gluon.jit

@@ -2,8 +2,8 @@
 
 There programs with 64 columns of the state leave half of the chip idle.  These have 32, and nothing
 but the state is on their chain.  One warp copies tiles and says where each chunk lies; four carry
-the state and lay down what enters each chunk; of three times four who put out each has every third
-chunk: its pairs, what is added to the state, and its output.
+the state and lay down what enters each chunk.  Three partitions of four put out: each has every
+third chunk, its pairs, what is added to the state, and its output.
 """
 
 import torch
@@ -27,6 +27,7 @@ from fla.ops.common.hopper import (
     new_ring,
     new_tiles,
     tile_of,
+    told,
     wait_before,
     wait_for,
 )
@@ -39,7 +40,6 @@ from fla.ops.simple_gla.hopper_blocks import (
     seen,
     sum_of,
     sums_at,
-    visit,
 )
 from fla.ops.simple_gla.hopper_walk import (
     CLOSES,
@@ -51,7 +51,7 @@ from fla.ops.simple_gla.hopper_walk import (
     THERE,
     TOKEN,
     clear,
-    place_of,
+    forget,
     produce,
 )
 
@@ -93,6 +93,20 @@ class Passing:
 
 
 @gluon.jit
+def share_kept(
+    passing, gamma, n, count, REVERSE: gl.constexpr, GATED: gl.constexpr, SUMMED: gl.constexpr
+):  # fmt: skip
+    """Wait for chunk n, if there is one of ``count``; the share of a state that it keeps."""
+    passing.x_ring.wait(n, n < count)
+    kept = 1.0
+    if GATED:
+        # of no chunk any number may have been told
+        there = gl.where(n < count, told(passing.places, n, THERE), 0)
+        kept = power(sum_of(passing.s_tiles, gamma, n, there, REVERSE, SUMMED))
+    return kept
+
+
+@gluon.jit
 def carry_on(
     passing, gamma, start, end, i_h, i_z, count,
     H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr, V_FIRST: gl.constexpr,
@@ -105,14 +119,10 @@ def carry_on(
     o_z = i_z * BZ + gl.arange(0, BZ, gl.SliceLayout(0, STATE))[None, :]
     p_state = o_z * X + o_x if V_FIRST else o_x * Z + o_z  # [X, BZ]
     n = 0
-    passing.x_ring.wait(n, n < count)
-    kept = 1.0
-    if GATED:
-        there = place_of(passing.places, n, THERE)
-        kept = power(sum_of(passing.s_tiles, gamma, n, there, REVERSE, SUMMED))
+    kept = share_kept(passing, gamma, n, count, REVERSE, GATED, SUMMED)
     while n < count:
-        marks = place_of(passing.places, n, MARKS)
-        place = (place_of(passing.places, n, SEQUENCE) * H + i_h).to(gl.int64) * (X * Z)
+        marks = told(passing.places, n, MARKS)
+        place = (told(passing.places, n, SEQUENCE) * H + i_h).to(gl.int64) * (X * Z)
         b_s = gl.zeros([X, BZ], gl.float32, STATE)
         if start is not None:
             m = ((marks & OPENS) != 0) & (o_x < X)
@@ -130,11 +140,8 @@ def carry_on(
             fence_async_shared()
             gl.thread_barrier()
             arrive(passing.h_ring.ready, n)
-            marks = place_of(passing.places, n, MARKS)
-            passing.x_ring.wait(n + 1, n + 1 < count)
-            if GATED:
-                there = place_of(passing.places, n + 1, THERE)
-                kept = power(sum_of(passing.s_tiles, gamma, n + 1, there, REVERSE, SUMMED))
+            marks = told(passing.places, n, MARKS)
+            kept = share_kept(passing, gamma, n + 1, count, REVERSE, GATED, SUMMED)
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
             gl.thread_barrier()
             arrive(passing.u_done, n)
@@ -170,8 +177,8 @@ def put_out(
     o_tile = passing.o_tiles.index(TURN)
     for n in range(TURN, count, passing.o_tiles.shape[0]):
         passing.x_ring.wait(n)
-        token = place_of(passing.places, n, TOKEN)
-        there = place_of(passing.places, n, THERE)
+        token = told(passing.places, n, TOKEN)
+        there = told(passing.places, n, THERE)
         z = passing.z_ring.tile(n)
         if there < C:
             clear(passing.y_ring.tile(n), there, FLAT)
@@ -225,12 +232,8 @@ def put_out(
         else:
             p = out + token.to(gl.int64) * (H * Z) + p_o
             gl.store(p, o_tile.reshape([C, BZ]).load(FLAT), mask=(o_c < there)[:, None])
-    if TURN == 0 and cu_seqlens is not None:  # tokens of no sequence
-        bos, length, _, at, steps = visit(cu_seqlens, N, N, T, 0, T + 1)
-        for c in range(at, at + steps):
-            p = out + (bos + c * C).to(gl.int64) * (H * Z) + p_o
-            b_0 = gl.zeros([C, BZ], o_desc.dtype, FLAT)
-            gl.store(p, b_0, mask=(o_c < length - c * C)[:, None])
+    if TURN == 0 and cu_seqlens is not None:
+        forget(out, p_o, o_c, H * Z, cu_seqlens, N, T, 0, T + 1)
     tma.store_wait(0)
 
 

@@ -25,7 +25,7 @@ from fla.ops.common.hopper import (
     descriptor,
     new_ring,
     new_tiles,
-    scalar,
+    told,
     wait_before,
 )
 from fla.ops.common.kernels import LARGEST_EXPONENT, LOG2E, cdiv, power
@@ -81,6 +81,16 @@ def clear(tile, there, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def forget(out, p_o, o_c, STRIDE: gl.constexpr, cu_seqlens, N, T, begin, stop):
+    """Zeros for tokens of no sequence; p_o is where elements of their chunks' rows o_c lie."""
+    bos, length, _, at, steps = visit(cu_seqlens, N, N, T, begin, stop)
+    for c in range(at, at + steps):
+        p = out + (bos + c * C).to(gl.int64) * STRIDE + p_o
+        b_0 = gl.zeros_like(p_o).to(out.dtype.element_ty)
+        gl.store(p, b_0, mask=(o_c < length - c * C)[:, None])
+
+
+@gluon.jit
 def produce(
     x_desc, y_desc, z_desc, b_desc, sums, x_ring, y_ring, z_ring, b_ring, s_tiles, places,
     cu_seqlens, i_b, i_h, i_z, first, last, N, T, begin, stop, BACK: gl.constexpr,
@@ -133,17 +143,11 @@ def produce(
 
 
 @gluon.jit
-def place_of(places, n, WHAT: gl.constexpr):
-    """What ``produce`` says of chunk n: WHAT of its place."""
-    return scalar(places.index(n & PLACES - 1).slice(WHAT, 1))
-
-
-@gluon.jit
 def put_rows(rows, parts, places, n, scale):
     """Store the rows of the last chunk that ``carry_on`` is through with when ``weigh`` is at n."""
     b_r = gl.sum(parts, 0) * scale
-    token = place_of(places, n - AHEAD, TOKEN)
-    there = gl.where(n < AHEAD, 0, place_of(places, n - AHEAD, THERE))
+    token = told(places, n - AHEAD, TOKEN)
+    there = gl.where(n < AHEAD, 0, told(places, n - AHEAD, THERE))
     o_r = gl.arange(0, C, b_r.type.layout)
     gl.store(rows + token + o_r, b_r, mask=o_r < there)
 
@@ -169,7 +173,7 @@ def weigh(
     n = 0
     while more:
         x_ring.wait(n)
-        there = place_of(places, n, THERE)
+        there = told(places, n, THERE)
         if there < C:
             clear(y_ring.tile(n), there, FLAT)
             clear(z_ring.tile(n), there, FLAT)
@@ -189,7 +193,7 @@ def weigh(
             s_all = sum_of(s_tiles, gamma, n, there, REVERSE, SUMMED)
             b_p = power(b_k if GRADIENT else s_all - b_k)
             b_q = power(s_all - b_i if GRADIENT else b_i)
-        more = (place_of(places, n, MARKS) & MORE) != 0
+        more = (told(places, n, MARKS) & MORE) != 0
         wait_before(a_ring.empty, n)
         if rows is not None:
             b_r = r_tiles.index(n % AHEAD).load(PARTED)
@@ -250,8 +254,8 @@ def carry_on(
     n = 0
     while more:
         x_ring.wait(n)
-        marks = place_of(places, n, MARKS)
-        place = (place_of(places, n, SEQUENCE) * H + i_h).to(gl.int64) * (X * Z)
+        marks = told(places, n, MARKS)
+        place = (told(places, n, SEQUENCE) * H + i_h).to(gl.int64) * (X * Z)
         opens = (marks & OPENS) != 0
         b_s = gl.zeros([BZ, X], gl.float32, STATE)
         if start is not None:
@@ -262,9 +266,9 @@ def carry_on(
         within = n >= 0  # a sequence has a chunk
         while within:
             x_ring.wait(n)
-            token = place_of(places, n, TOKEN)
-            there = place_of(places, n, THERE)
-            marks = place_of(places, n, MARKS)
+            token = told(places, n, TOKEN)
+            there = told(places, n, THERE)
+            marks = told(places, n, MARKS)
             turned = x_ring.tile(n).permute((1, 0))
             b_h = leading(b_s) if SPLIT else b_s
             b_o = gl.zeros([BZ, C], gl.float32, _ACC)
@@ -322,12 +326,8 @@ def carry_on(
             b_e = (b_s * s_held).to(end.dtype.element_ty)
             gl.store(end + place + p_state, b_e, mask=((marks & CLOSES) != 0) & (o_x < X))
         more = (marks & MORE) != 0
-    if behind:  # tokens of no sequence
-        bos, length, _, at, steps = visit(cu_seqlens, N, N, T, begin, stop)
-        for c in range(at, at + steps):
-            p = out + (bos + c * C).to(gl.int64) * (H * Z) + p_o
-            b_0 = gl.zeros([C, BZ], o_desc.dtype, FLAT)
-            gl.store(p, b_0, mask=(o_c < length - c * C)[:, None])
+    if behind:
+        forget(out, p_o, o_c, H * Z, cu_seqlens, N, T, begin, stop)
     tma.store_wait(0)
 
 
