@@ -38,7 +38,8 @@ from fla.ops.common.hopper import descriptor
 from fla.ops.common.kernels import LOG2E, SEARCH, cdiv, dense, first_slot
 from fla.ops.common.launch import launch
 
-HEADS = (64, 128)
+# The heads that are taken, and for how many stages of q and do shared memory has room
+_STAGES = {64: 4, 128: 2}
 # Heads of a program that sums a gate's gradient: it writes them side by side.
 _HEADS = 16
 
@@ -174,7 +175,7 @@ def dq_kernel(
 def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     """Return the gradients of q, k, v, g and the sink."""
     window = hiding(options.window_size, q.shape[1])
-    if q.shape[-1] == v.shape[-1] and v.shape[-1] in HEADS and pays(v, g, cu_seqlens, window):
+    if q.shape[-1] == v.shape[-1] and v.shape[-1] in _STAGES and pays(v, g, cu_seqlens, window):
         signed, scale = portable.rising(q, options.scale)
         tensors = dense(do, signed, k, v, o)
         if all(x.data_ptr() % 16 == 0 for x in tensors):
@@ -256,7 +257,7 @@ def run_backward(call: Call, do, q, k, v, o, lse, g, gates, marks, sink, cu_seql
             *(descriptor(x, block, D) for x in (dk, dv)),
             call.scale, scale, *numbers,
         ),
-        {"H": H, "G": HQ // H, "num_warps": 4},
+        {"H": H, "G": HQ // H, "STAGES": _STAGES[D], "num_warps": 4},
     )  # fmt: skip
     launch(
         dq_kernel,

@@ -24,7 +24,6 @@ from fla.ops.attn.blocks import sees
 from fla.ops.attn.hopper_steps import (
     KEYS,
     ROWS,
-    STAGES,
     SUMS,
     add,
     await_turns,
@@ -207,18 +206,18 @@ def meet(
     for i in range(count):
         b_s = product_with_queries(k, q_ring, m)
         b_dp = product_with_queries(v, do_ring, m)
-        rows = row_tiles.index(m % STAGES).reshape([1, row_tiles.shape[4]])
+        rows = row_tiles.index(m % row_tiles.shape[0]).reshape([1, row_tiles.shape[4]])
         b_row = rows.slice(0, ROWS, 1).load(PAIRS)
         if gate_tiles is not None and not NEAR:
             # the gates between the two intervals, from sums that are held in two floats each
-            far = gate_tiles.index(m % STAGES).reshape([1, 2 * KEYS])
+            far = gate_tiles.index(m % gate_tiles.shape[0]).reshape([1, 2 * KEYS])
             b_far = rows.slice(2 * ROWS, 1, 1).load(PAIRS) - far.slice(KEYS, 1, 1).load(PAIRS)
             b_far += rows.slice(3 * ROWS, 1, 1).load(PAIRS) - far.slice(KEYS + 1, 1, 1).load(PAIRS)
             b_row += b_far
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
         b_s = b_s * scale + b_row
         if gate_tiles is not None:
-            gates = gate_tiles.index(m % STAGES).reshape([2 * KEYS])
+            gates = gate_tiles.index(m % gate_tiles.shape[0]).reshape([2 * KEYS])
             b_0 = gates.slice(i_w * ROWS, ROWS).load(gl.SliceLayout(1, PAIRS))[:, None]
             if NEAR:
                 # what ``blocks.gates_within`` gives
@@ -309,6 +308,7 @@ def hopper_backward_kernel(
     dk, dv, sums, turns, ticket, needed, latest, row_sums, column_sums, cu_seqlens,
     q_desc, k_desc, v_desc, columns_desc, do_desc, rows_desc, gates_desc, dk_desc, dv_desc,
     scale, dk_scale, window, N, T, intervals, H: gl.constexpr, G: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of KEYS keys of a key head, summed over its G query heads, and their part of dq.
 

@@ -16,8 +16,6 @@ from fla.ops.common.kernels import SEARCH, first_slot, sequence, sequence_at
 # A step is 64 queries of a head that meet 128 keys, an interval of gates.
 ROWS = gl.constexpr(64)
 KEYS = SPAN
-# Stages of q and do
-STAGES = gl.constexpr(2)
 # Steps whose rows' and columns' sums are kept: when a fifth comes, the parts of the first have been
 # taken.
 SUMS = gl.constexpr(4)
@@ -230,6 +228,7 @@ def produce(
                 fence_async_shared()
                 gl.thread_barrier()
                 mbarrier.arrive(ready.index(0), count=1)
+    STAGES: gl.constexpr = q_ring.tiles.shape[0]
     m = steps.j * 0
     cleared = steps.j * 0
     n, _ = steps.next(m, needed, window)
