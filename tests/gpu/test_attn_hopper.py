@@ -84,9 +84,11 @@ def test_against_fp64(variant, lengths, dtype):
     "size, lengths",
     [
         ((1, 8192, 4, 1), ()),
+        ((1, 8192, 4, 1, 64, 64), ()),
         ((3, 2000, 6, 2), ()),
         ((2, 4097, 2, 2), ()),
         ((1, 6000, 4, 1), (0, 1300, 1, 0, 547, 128, 3063, 100)),  # not to the end
+        ((1, 6000, 4, 1, 64, 64), (0, 1300, 1, 0, 547, 128, 3063, 100)),
     ],
 )
 def test_agrees_with_triton(size, lengths, scale, gate, window):
@@ -109,9 +111,10 @@ def test_agrees_with_triton(size, lengths, scale, gate, window):
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("gate", [None, 4.0])
 @pytest.mark.parametrize("lengths", [(), (0, 1300, 1, 548, 100, 2000, 147)])
-def test_a_thousand_times_the_same_bits(lengths, gate, window):
+@pytest.mark.parametrize("D", [64, 128])
+def test_a_thousand_times_the_same_bits(D, lengths, gate, window):
     """Where a barrier is missing, they move."""
-    q, k, v, g = operands(*((1, 4096) if lengths else (2, 2048)), 16, 4, gate=gate)
+    q, k, v, g = operands(*((1, 4096) if lengths else (2, 2048)), 16, 4, D, D, gate=gate)
     more = {"window_size": window, "cu_seqlens": bounds(*lengths) if lengths else None}
     with hopper():
         assert not moved(lambda: [parallel_attn(q, k, v, g, **more)])
@@ -140,9 +143,10 @@ def test_what_lies_beside_a_sequence_is_not_read(gate):
 
 
 @pytest.mark.parametrize("gate", [None, 4.0])
-def test_packed_sequences_do_not_read_each_other(gate):
+@pytest.mark.parametrize("D", [64, 128])
+def test_packed_sequences_do_not_read_each_other(D, gate):
     """Nor what lies behind the last one, where all is zero."""
-    q, k, v, g = operands(1, 900, 4, 2, gate=gate)
+    q, k, v, g = operands(1, 900, 40, 20, D, D, gate=gate)
     boundaries = bounds(200, 300, 0, 300)
     with hopper():
         expected = parallel_attn(q, k, v, g, cu_seqlens=boundaries)
@@ -195,7 +199,8 @@ def test_stays_in_its_memory():
 
 
 def main() -> None:
-    sizes = ((1, 1, 1, 1, 128, 128), (2, 300, 4, 2, 128, 128), (1, 700, 2, 1, 96, 72))
+    sizes = (1, 1, 1, 1, 128, 128), (2, 300, 4, 2, 128, 128), (1, 700, 2, 1, 96, 72)
+    sizes += ((1, 700, 40, 20, 64, 64),)  # of which some programs have two tiles
     with hopper() as launched:
         for size, gate, window in itertools.product(sizes, (None, 4.0), (None, 50, 200)):
             q, k, v, g = operands(*size, gate=gate)
@@ -204,7 +209,7 @@ def main() -> None:
                 boundaries = bounds(*each) if each else None
                 parallel_attn(q, k, v, g, window_size=window, cu_seqlens=boundaries)
                 torch.cuda.synchronize()
-    assert launched.call_count == 24
+    assert launched.call_count == 36
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ LOW = gl.constexpr(5)
 FULL = gl.constexpr(6)
 LAST = gl.constexpr(7)
 NONE = gl.constexpr(-1)
-# Tiles whose places are kept.  When one is written the queries of the third before it, at the
-# least, have been left.
+# Tiles whose places are kept, more than there are stages of queries: when one is written, those of
+# the third before it, at the least, have been left.
 PLACES = gl.constexpr(4)
 
 

@@ -42,9 +42,9 @@ from fla.ops.common.hopper import (
 )
 
 # dk, dv, and the logits and their gradients of 64 keys fill a consumer's registers; what does not
-# fit goes to local memory, for which the first-level cache has little room left.  k and v, two
-# steps of q and do, and what goes to dq fill the shared memory.  Nor do consumers touch global
-# memory: they would wait there behind all that is added to dq.
+# fit goes to local memory, for which the first-level cache has little room left.  With heads of 128
+# k and v, two steps of q and do, and what goes to dq fill the shared memory.  Nor do consumers
+# touch global memory: they would wait there behind all that is added to dq.
 
 # Of dS a step is written while the one before it is read
 DS_STAGES = gl.constexpr(2)
@@ -344,7 +344,7 @@ def hopper_backward_kernel(
     come = new_barriers(TURNS, 1)
     added = new_barriers(TURNS, 1)
     told = new_barriers(TURNS, 1)
-    # rows' sums leave room for three parts only
+    # with heads of 128 rows' sums leave room for three parts only
     PARTS: gl.constexpr = 4 if row_sums is None else 3
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [0])
     SIZE: gl.constexpr = ROWS * k_desc.block_type.shape[3] // 2
