@@ -157,6 +157,21 @@ def copy_elements(tile: Shared, p: Pointer, mask: Any = True) -> None:
     _own.copies.append(lambda: tile.x.copy_(load(p, mask, 0).x))
 
 
+def copies_arrive(barrier: Barrier) -> None:
+    """What this partition has begun to copy, at a barrier that waits for it from now on."""
+    copies, _own.copies = _own.copies, []
+
+    def arrive() -> None:
+        for each in copies:
+            each()
+        barrier.change(1, 0)
+
+    with _changed:
+        barrier.missing += 1
+        _program.copies.append(arrive)
+        _changed.notify_all()
+
+
 def commit_group() -> None:
     _own.groups.append(_own.copies)
     _own.copies = []
@@ -383,6 +398,7 @@ def _modules() -> dict[str, Any]:
         async_copy=types.SimpleNamespace(
             async_copy_global_to_shared=copy_elements,
             commit_group=commit_group,
+            mbarrier_arrive=copies_arrive,
             wait_group=wait_group,
         ),
         mma_v2=mma_v2,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     tma,
@@ -97,8 +98,8 @@ def produce(
 ):  # fmt: skip
     """Copy the tiles of each chunk in the order of the walk; those of x bring the others along.
 
-    And lay beside them the chunk's place and its gate's sums.  These are loaded: a copy in one
-    dimension begins at multiples of 16 bytes, a chunk at any token.
+    And lay beside them the chunk's place.  Its gate's sums are copied one by one: a copy of all of
+    them begins at multiples of 16 bytes, a chunk at any token.
     """
     COLUMNS: gl.constexpr = z_desc.block_type.shape[3]
     WITH_X: gl.constexpr = (
@@ -125,8 +126,6 @@ def produce(
             marks += gl.where(opens, OPENS, 0) + gl.where(closes, CLOSES, 0)
             b_p = gl.where(o_p == TOKEN, token, there)
             b_p = gl.where(o_p == MARKS, marks, gl.where(o_p == SEQUENCE, i_n, b_p))
-            if sums is not None:  # they come while the stage is waited for
-                b_s = gl.load(sums + token + o_c, mask=o_c < there, other=0.0)
             wide = [i_b, token, i_h, 0]
             block = [i_b, token, i_h, i_z * COLUMNS]
             x_ring.fill(x_desc, wide, n, WITH_X)
@@ -135,7 +134,11 @@ def produce(
             if b_desc is not None:
                 x_ring.join(b_desc, block, n, b_ring.tiles)
             if sums is not None:
-                s_tiles.index(n % s_tiles.shape[0]).store(b_s)
+                stage = n % s_tiles.shape[0]
+                async_copy.async_copy_global_to_shared(
+                    s_tiles.index(stage), sums + token + o_c, mask=o_c < there
+                )
+                async_copy.mbarrier_arrive(x_ring.ready.index(stage))
             places.index(n & PLACES - 1).store(b_p.to(gl.int32))
             gl.thread_barrier()
             arrive(x_ring.ready, n)
