@@ -202,7 +202,7 @@ def produce(
     """Say where each tile lies, and copy its queries, and its keys and values backwards."""
     o_p = gl.arange(0, places.shape[1], along(1))
     taken = None
-    if needed is not None:
+    if needed is not None and cu_seqlens is not None:
         taken = needed + HQ * intervals
     tiles = tiles_of(cu_seqlens, N, T, HQ)
     m = 0

@@ -48,6 +48,8 @@ from fla.ops.common.hopper import (
 
 # Of dS a step is written while the one before it is read
 DS_STAGES = gl.constexpr(2)
+# Keys × queries
+PAIRS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS.value, 16]))
 # How many steps the turns may be known ahead
 TURNS = gl.constexpr(4)
 # Those of four warps that copy, add and wait
@@ -80,9 +82,8 @@ def offer(i_w: gl.constexpr, m, b_dq, parts, offered, taken):
 @gluon.jit
 def product_with_queries(x, ring, m):
     """Start the product of keys or values [ROWS, D] with queries or do, transposed, of step m."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     ring.wait(m)
-    b_0 = gl.zeros([ROWS, ROWS], gl.float32, LAYOUT)
+    b_0 = gl.zeros([ROWS, ROWS], gl.float32, PAIRS)
     return warpgroup_mma(x, ring.tile(m).permute((1, 0)), b_0, use_acc=False, is_async=True)
 
 
@@ -194,7 +195,6 @@ def meet(
     by then the other consumer has put its dS there too.  NEAR queries lie in the keys' interval.
     """
     DTYPE: gl.constexpr = k_tiles.dtype
-    PAIRS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, b_dk.type.layout, 2)
     ds = ds_0
     mine = ready_0
@@ -284,6 +284,11 @@ def consume(
         b_dk = gl.zeros([ROWS, D], gl.float32, ACC)
         b_dv = gl.zeros([ROWS, D], gl.float32, ACC)
         mbarrier.wait(ready.index(0), 0)
+        if column_tiles is not None:
+            # Narrow ones fit into registers beside all else, and need not pass at every step.
+            OPERAND: gl.constexpr = gl.DotOperandLayout(0, PAIRS, 2)
+            k = k.load(OPERAND)
+            v = v.load(OPERAND)
         m = steps.j * 0
         for near in gl.static_range(1 if steps.BY_HEAD else 2):
             count = steps.far if near == 0 else steps.count() - steps.near()

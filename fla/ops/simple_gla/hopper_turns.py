@@ -119,8 +119,8 @@ def carry_on(
     o_z = i_z * BZ + gl.arange(0, BZ, gl.SliceLayout(0, STATE))[None, :]
     p_state = o_z * X + o_x if V_FIRST else o_x * Z + o_z  # [X, BZ]
     n = 0
-    kept = share_kept(passing, gamma, n, count, REVERSE, GATED, SUMMED)
     while n < count:
+        passing.x_ring.wait(n)
         marks = told(passing.places, n, MARKS)
         place = (told(passing.places, n, SEQUENCE) * H + i_h).to(gl.int64) * (X * Z)
         b_s = gl.zeros([X, BZ], gl.float32, STATE)
@@ -129,6 +129,7 @@ def carry_on(
             b_s += gl.load(start + place + p_state, mask=m, other=0.0).to(gl.float32)
         within = n >= 0  # a sequence has a chunk
         while within:
+            kept = share_kept(passing, gamma, n, count, REVERSE, GATED, SUMMED)
             wait_before(passing.h_ring.empty, n)
             passing.h_ring.tile(n).store(b_s.to(passing.h_ring.tiles.dtype))
             if GATED:
@@ -141,7 +142,6 @@ def carry_on(
             gl.thread_barrier()
             arrive(passing.h_ring.ready, n)
             marks = told(passing.places, n, MARKS)
-            kept = share_kept(passing, gamma, n + 1, count, REVERSE, GATED, SUMMED)
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
             gl.thread_barrier()
             arrive(passing.u_done, n)
