@@ -58,7 +58,7 @@ def test_compiles(dtype, D, gate, bounds, window, sink, tmp_path):
     assert all(order[i - 1].startswith("bar.") for i in arrivals)
     usage = dumped(kernel, tmp_path, "-res-usage")
     stack = max(map(int, re.findall(r"STACK:(\d+)", usage)))
-    assert stack <= (0 if g is None else SCRAPS) and "LOCAL:0" in usage, usage
+    assert stack <= SCRAPS and "LOCAL:0" in usage, usage
 
 
 def test_lengths_and_windows_share_a_kernel():

@@ -340,6 +340,9 @@ def consume(
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    # Queries stay in registers, so that a seventh less passes through shared memory; with gates
+    # there is no room.
+    KEPT: gl.constexpr = sums is None
     m = 0
     n = 0
     cuts = 0
@@ -358,6 +361,9 @@ def consume(
         o_i = i_q + i_w * ROWS + gl.arange(0, ROWS, ROW)
         q_ring.wait(m)
         q = q_ring.tile(m)
+        if KEPT:
+            q = q.load(gl.DotOperandLayout(0, LOGITS, 2))
+            q_ring.release(m)
 
         # the sink is a key with this logit and without a value
         b_most = gl.full([ROWS], LEAST, gl.float32, ROW)
@@ -409,7 +415,8 @@ def consume(
                 n, full - low, 0, full, q, k_ring, v_ring, until, b_p, b_o, b_most,
                 b_sum, o_i, b_since, between, p_total, window, scale, True,
             )  # fmt: skip
-        q_ring.release(m)
+        if not KEPT:
+            q_ring.release(m)
         v_ring.wait(n - 1)
         b_o = warpgroup_mma(b_p, v_ring.tile(n - 1), b_o, is_async=True)
         tma.store_wait(0)  # the last turn's
