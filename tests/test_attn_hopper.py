@@ -185,7 +185,7 @@ def test_what_it_does_not_take_goes_to_triton():
         assert hopper_forward.forward(q, k, v, gate, None, None, options) == "hopper"
         assert hopper_forward.forward(q, k, v, None, None, bounds, options) == "hopper"
         assert hopper_forward.forward(*narrow, gate, None, None, options) == "hopper"
-        assert hopper_forward.forward(*narrow, None, None, None, options) == "triton"
+        assert hopper_forward.forward(*narrow, None, None, None, options) == "hopper"
         assert hopper_forward.forward(*short, None, None, None, options) == "triton"
         few = (x[:, :, :2] for x in (q, k, v))
         assert hopper_forward.forward(*few, None, None, None, options) == "triton"

@@ -223,6 +223,8 @@ def test_lengths_share_a_kernel():
         ({"T": 4095, "H": 32}, Options(1.0), False),
         ({"T": 4096}, Options(1.0), False),
         ({"D": 64}, Options(1.0), True),
+        ({"D": 64}, Options(1.0, 1024), False),
+        ({"D": 64, "gate": torch.float32}, Options(1.0, 1024), True),
         ({"D": 96}, Options(1.0), False),
         ({"dtype": torch.float16}, Options(1.0), True),
         ({"gate": torch.float32}, Options(1.0), True),

@@ -190,11 +190,11 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
 
 def pays(v, g, cu_seqlens, window: int | None) -> bool:
     """Whether a call is faster here than in Triton, by the measurements in benchmarks/NOTES.md."""
-    B, T, H, _ = v.shape
+    B, T, H, D = v.shape
     if T < 4096 or cdiv(T, KEYS.value) * H * B < 512:  # too few blocks to share out
         return False
     if g is None:
-        return cu_seqlens is None and (window is None or window >= 512)
+        return cu_seqlens is None and (window is None or (window >= 512 and D > 64))
     long = cu_seqlens is None or T >= 512 * (cu_seqlens.shape[0] - 1)
     return long and (window is None or window >= 1024)
 

@@ -85,7 +85,7 @@ PLACES = gl.constexpr(4)
 
 def forward(q, k, v, g, sink_bias, cu_seqlens, options):
     """Return o [B, T, HQ, V] and lse [B, HQ, T]."""
-    if not pays(q, v, g, cu_seqlens):
+    if not pays(q, g, cu_seqlens):
         return portable.forward(q, k, v, g, sink_bias, cu_seqlens, options)
     signed, scale = portable.rising(q, options.scale)
     tensors = dense(signed, k, v)
@@ -97,14 +97,12 @@ def forward(q, k, v, g, sink_bias, cu_seqlens, options):
     return run_forward(call, q, k, v, *gates(call, g, k, cu_seqlens), sink_bias, cu_seqlens)
 
 
-def pays(q, v, g, cu_seqlens) -> bool:
+def pays(q, g, cu_seqlens) -> bool:
     """Whether a call is faster here than in Triton, by the measurements in benchmarks/NOTES.md."""
-    B, T, HQ, K = q.shape
+    B, T, HQ, _ = q.shape
     if T < 4096 or cdiv(T, BLOCK.value) * HQ * B < 512:  # too few tiles to share out
         return False
-    if g is None:
-        return max(K, v.shape[-1]) > 64
-    return cu_seqlens is None or T >= 256 * (cu_seqlens.shape[0] - 1)
+    return g is None or cu_seqlens is None or T >= 256 * (cu_seqlens.shape[0] - 1)
 
 
 @triton.jit(do_not_specialize=["window", "N", "T", "intervals"])
