@@ -361,7 +361,6 @@ def consume(
         q = q_ring.tile(m)
         if KEPT:
             q = q.load(gl.DotOperandLayout(0, LOGITS, 2))
-            q_ring.release(m)
 
         # the sink is a key with this logit and without a value
         b_most = gl.full([ROWS], LEAST, gl.float32, ROW)
@@ -386,6 +385,8 @@ def consume(
             b_gates = gates_within(b_since, gl.load(p_rest + o_i), p_since, p_rest, o_j)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         k_ring.release(n)
+        if KEPT:  # and have arrived, of which no barrier is sure
+            q_ring.release(m)
         if sums is None:
             b_s = masked(b_s, o_i, i_q, window)
             b_w, b_most, b_sum, _ = weigh(b_s, None, b_most, b_sum, scale)
