@@ -147,10 +147,7 @@ def tiles_of(cu_seqlens, N, T, HQ: gl.constexpr):
 
 @gluon.jit
 def next_tile(taken, turn):
-    """The tile that a program takes at a turn, where gates decide how long they are the next one.
-
-    ``taken`` counts those.
-    """
+    """The tile that a program takes at a turn; of those that ``taken`` counts the next one."""
     if taken is None:
         i = at_turn(turn)
     else:
@@ -200,7 +197,7 @@ def produce(
     """Say where each tile lies, and copy its queries, and its keys and values backwards."""
     o_p = gl.arange(0, places.shape[1], along(1))
     taken = None
-    if needed is not None and cu_seqlens is not None:
+    if needed is not None and cu_seqlens is not None:  # no turns even out how long these are
         taken = needed + HQ * intervals
     tiles = tiles_of(cu_seqlens, N, T, HQ)
     m = 0
