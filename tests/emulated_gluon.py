@@ -4,7 +4,8 @@ Partitions are threads.  What is asynchronous happens as late as it may: a produ
 when it is waited for, a store its tile when the next is to be laid there, and a copy arrives some
 time after it began, in any order.  So a tile that is left too early, read too early or never
 released shows, as a wrong number, NaN or a barrier that nobody passes; an address outside of its
-tensor is an IndexError.  Layouts mean nothing here; compiling checks them.
+tensor is an IndexError.  Loads arrive at once, which on a GPU they do not.  Layouts mean nothing
+here; compiling checks them.
 """
 
 from __future__ import annotations

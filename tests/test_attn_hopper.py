@@ -36,6 +36,7 @@ def operands(T=LONG, D=128, dtype=torch.bfloat16):
         (torch.bfloat16, 128, torch.float32, torch.int32, None, None),
         (torch.bfloat16, 128, torch.bfloat16, torch.int64, 1000, torch.float32),
         (torch.bfloat16, 64, torch.float32, torch.int32, 1000, torch.float32),
+        (torch.bfloat16, 64, None, None, None, None),
     ],
 )
 def test_compiles(dtype, D, gate, bounds, window, sink, tmp_path):
@@ -58,7 +59,8 @@ def test_compiles(dtype, D, gate, bounds, window, sink, tmp_path):
     assert all(order[i - 1].startswith("bar.") for i in arrivals)
     usage = dumped(kernel, tmp_path, "-res-usage")
     stack = max(map(int, re.findall(r"STACK:(\d+)", usage)))
-    assert stack <= SCRAPS and "LOCAL:0" in usage, usage
+    tight = gate is not None or (bounds is not None and window is not None)
+    assert stack <= (SCRAPS if tight else 0) and "LOCAL:0" in usage, usage
 
 
 def test_lengths_and_windows_share_a_kernel():

@@ -336,7 +336,7 @@ def consume(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
     # Queries stay in registers, so that a seventh less passes through shared memory; with gates
-    # there is no room.
+    # wide heads have no room for them, and narrow ones gain little.
     KEPT: gl.constexpr = sums is None
     m = 0
     n = 0
@@ -382,7 +382,7 @@ def consume(
             b_gates = gates_within(b_since, gl.load(p_rest + o_i), p_since, p_rest, o_j)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         k_ring.release(n)
-        if KEPT:  # and have arrived, of which no barrier is sure
+        if KEPT:  # their loads have arrived, for which no barrier waits
             q_ring.release(m)
         if sums is None:
             b_s = masked(b_s, o_i, i_q, window)

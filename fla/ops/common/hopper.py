@@ -21,8 +21,6 @@ from fla.ops.common.workspace import Part
 # Registers a thread: of 64 Ki, a producer's four warps (three idle) and two consumers' may have.
 # More than 24 for the one leave the others eight less for every 16.
 CONSUMER_REGISTERS = gl.constexpr(240)
-
-
 # Of vectors in shared memory, however many lie there
 VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
@@ -183,15 +181,9 @@ def arrive(barriers, i):
 
 
 @gluon.jit
-def slot_of(turn):
-    """The slot of this program in a round; every other round runs backwards, which evens out."""
+def at_turn(turn):
+    """The tile that this program takes; every other turn runs backwards, which evens out."""
     slot = gl.program_id(0)
     if turn % 2 == 1:
         slot = gl.num_programs(0) - 1 - slot
-    return slot
-
-
-@gluon.jit
-def at_turn(turn):
-    """The tile that this program takes at a turn."""
-    return slot_of(turn) + turn * gl.num_programs(0)
+    return slot + turn * gl.num_programs(0)
