@@ -81,7 +81,8 @@ from fla.ops.attn import blocks, engine, hopper_forward as interpreted, triton a
 from fla.testing.compare import measure
 
 torch.set_num_threads(1)
-names = "common.kernels", "attn.blocks", "common.hopper", "attn.hopper_forward"
+files = "blocks", "hopper_queries", "hopper_forward"
+names = "common.kernels", "common.hopper", *(f"attn.{name}" for name in files)
 with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as (*_, stage):
     pass
 stage.gates, stage.Call, stage.portable = blocks.gates, blocks.Call, portable
