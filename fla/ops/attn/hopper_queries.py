@@ -110,7 +110,7 @@ def key_blocks(last, live, window, needed, slot):
     if needed is not None:
         low = gl.maximum(low, gl.load(needed + slot + last, mask=live > 0, other=0))
     low = gl.where(live > 0, low, last)
-    return low, gl.maximum(low, full), last
+    return low, gl.maximum(low, full)
 
 
 @gluon.jit
@@ -129,12 +129,12 @@ def produce(
     turn = 0
     i = next_tile(taken, turn)
     while i < tiles:
-        i_h, i_n, i_b, bos, length, live = tile_at(i, cu_seqlens, N, T, HQ)
-        if i_b * BLOCK < length:
+        i_h, i_n, last, bos, length, live = tile_at(i, cu_seqlens, N, T, HQ)
+        if last * BLOCK < length:
             row, start = place_of(cu_seqlens, i_n, bos)
             slot = first_slot(cu_seqlens, i_n, bos, T, BLOCK)
-            low, full, last = key_blocks(i_b, live, window, needed, i_h * intervals + slot)
-            first = start + i_b * BLOCK
+            low, full = key_blocks(last, live, window, needed, i_h * intervals + slot)
+            first = start + last * BLOCK
             b_p = gl.where(o_p == HEAD, i_h, gl.where(o_p == SEQUENCE, i_n, last))
             b_p = gl.where(o_p == BOS, bos, gl.where(o_p == LENGTH, length, b_p))
             b_p = gl.where(o_p == LIVE, live, gl.where(o_p == LOW, low, b_p))
