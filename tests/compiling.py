@@ -123,6 +123,27 @@ def dumped(kernel: Any, directory: Path, *what: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def under_way(code: str) -> list[str]:
+    """Loads from shared memory that may not have arrived where a place there is given back.
+
+    Barriers do not wait for them, and a copy may overtake them.  ``code`` is what ``-sass`` tells:
+    the upper word of an instruction has from bit 46 on the counter, if any, that says when its
+    result is there, and from bit 52 on a bit for each of six counters that it waits for.
+    """
+    found: list[str] = []
+    loads: dict[int, str] = {}  # the last one that a counter speaks of
+    for text, word in re.findall(r"/\*[0-9a-f]{4,}\*/ +(.*?);.*\n.*/\* 0x([0-9a-f]{16}) \*/", code):
+        counter, awaited = int(word, 16) >> 46 & 7, int(word, 16) >> 52
+        loads = {i: load for i, load in loads.items() if not awaited >> i & 1}
+        if "SYNCS.ARRIVE" in text and "A1T0" in text:  # but not who announces bytes
+            found += loads.values()
+        if counter < 6 and (load := re.search(r"\bLDSM?\S*", text)):
+            loads[counter] = load[0]
+        if re.match(r"EXIT|BRA|RET", text):  # what follows is jumped to
+            loads = {}
+    return found
+
+
 def usage_of(kernel: Any, directory: Path) -> tuple[int, int]:
     """Registers of a thread, and bytes of its stack."""
     found = re.search(r"REG:(\d+) STACK:(\d+)", dumped(kernel, directory, "-res-usage"))

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from alone import run_alone
-from compiling import compiling, dumped
+from compiling import compiling, dumped, under_way
 
 from fla.ops.attn import hopper_forward
 from fla.ops.attn.engine import ENGINE, Options
@@ -57,6 +57,8 @@ def test_compiles(dtype, D, gate, bounds, window, sink, tmp_path):
     # but the single warp that says where tiles lie, and that there are no more
     assert len(arrivals) > 2 and sum(order[i - 1] == "bar.warp.sync" for i in arrivals) == 2
     assert all(order[i - 1].startswith("bar.") for i in arrivals)
+    # but gates' sums, which stay longer than the keys whose place is given back
+    assert set(under_way(dumped(kernel, tmp_path, "-sass"))) <= ({"LDS.64"} if gate else set())
     usage = dumped(kernel, tmp_path, "-res-usage")
     stack = max(map(int, re.findall(r"STACK:(\d+)", usage)))
     tight = gate is not None or (bounds is not None and window is not None)

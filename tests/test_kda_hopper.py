@@ -10,7 +10,7 @@ import kda_calls
 import pytest
 import torch
 from alone import run_alone
-from compiling import before_arrivals, compiling, dumped
+from compiling import before_arrivals, compiling, dumped, under_way
 
 from fla.ops.common import device
 from fla.ops.common.dispatch import Problem
@@ -73,6 +73,7 @@ def test_compiles(more, tmp_path):
         before = before_arrivals(kernel)
         assert before and not any(first.startswith("wgmma") for first in before)
         usage = dumped(kernel, tmp_path, "-res-usage", "-sass")
+        assert not under_way(usage)
         # addresses that are made before the loop, for behind it
         assert int(re.search(r"STACK:(\d+)", usage).group(1)) <= 96, usage
         # the assembler has added no wait to those of the source

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from alone import run_alone
-from compiling import before_arrivals, compiling, dumped
+from compiling import before_arrivals, compiling, dumped, under_way
 
 from fla.ops.common import device
 from fla.ops.common.dispatch import Problem
@@ -162,6 +162,9 @@ def test_compiles(sizes, more, tmp_path):
         assert kernel.metadata.shared <= 227 << 10
         before = before_arrivals(kernel)
         assert before and not any(first.startswith("wgmma") for first in before)
+        # but a number that says what follows a chunk, which stays longer than the chunk's tiles
+        turns = kernel.metadata.name == "hopper_turns_kernel"
+        assert under_way(dumped(kernel, tmp_path, "-sass")) == ["LDS"] * turns
         usage = dumped(kernel, tmp_path, "-res-usage")
         assert int(re.search(r"STACK:(\d+)", usage).group(1)) <= 32, usage
 

@@ -31,6 +31,7 @@ from fla.ops.common.hopper import (
     new_barriers,
     new_ring,
     new_tiles,
+    tell,
     told,
     wait_for,
 )
@@ -139,9 +140,7 @@ def produce(
             b_p = gl.where(o_p == BOS, bos, gl.where(o_p == LENGTH, length, b_p))
             b_p = gl.where(o_p == LIVE, live, gl.where(o_p == LOW, low, b_p))
             b_p = gl.where(o_p == FULL, full, b_p)
-            places.index(m % PLACES).store(b_p.to(gl.int32))
-            gl.thread_barrier()
-            arrive(placed, m)
+            tell(places, placed, m, b_p)
             q_0.fill(q_desc, [row, first, i_h, 0], m)
             q_1.fill(q_desc, [row, first + ROWS, i_h, 0], m)
             m += 1
@@ -157,9 +156,7 @@ def produce(
                 n += 1
         turn += 1
         i = next_tile(taken, turn)
-    places.index(m % PLACES).store(gl.where(o_p == HEAD, NONE, 0).to(gl.int32))
-    gl.thread_barrier()
-    arrive(placed, m)
+    tell(places, placed, m, gl.where(o_p == HEAD, NONE, 0))
 
 
 @gluon.jit
@@ -387,7 +384,8 @@ def hopper_forward_kernel(
     until: gl.constexpr = None
     cleared: gl.constexpr = None
     if until_desc is not None:
-        until = new_tiles(until_desc, STAGES)
+        # twice as many: keys may be released while a load from here is under way
+        until = new_tiles(until_desc, 2 * STAGES)
     if cu_seqlens is not None:
         cleared = new_barriers(1, 2)
     tiles = new_tiles(o_desc, 2)

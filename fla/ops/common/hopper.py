@@ -67,6 +67,14 @@ def scalar(place):
 
 
 @gluon.jit
+def tell(places, barriers, i, b_p):
+    """Lay down the numbers of the i-th place, by one warp, which then arrives at its barrier."""
+    places.index(i & places.shape[0] - 1).store(b_p.to(gl.int32))
+    gl.thread_barrier()
+    arrive(barriers, i)
+
+
+@gluon.jit
 def told(places, i, WHAT: gl.constexpr):
     """Number WHAT of the i-th place that a producer has laid down in ``places`` [2^n, numbers]."""
     return scalar(places.index(i & places.shape[0] - 1).slice(WHAT, 1))
@@ -106,9 +114,9 @@ class Ring:
 
     @gluon.jit
     def join(self, desc, place, i, tiles):
-        """Copy to a stage of other ``tiles``, which arrives, and is released, with tile i."""
-        stage = i % self.tiles.shape[0]
-        tma.async_copy_global_to_shared(desc, place, self.ready.index(stage), tiles.index(stage))
+        """Copy to a stage of other ``tiles``, of as many or more; it arrives with tile i."""
+        ready = self.ready.index(i % self.tiles.shape[0])
+        tma.async_copy_global_to_shared(desc, place, ready, tiles.index(i % tiles.shape[0]))
 
     @gluon.jit
     def wait(self, i, wanted=True):

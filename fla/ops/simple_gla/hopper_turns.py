@@ -93,20 +93,6 @@ class Passing:
 
 
 @gluon.jit
-def share_kept(
-    passing, gamma, n, count, REVERSE: gl.constexpr, GATED: gl.constexpr, SUMMED: gl.constexpr
-):  # fmt: skip
-    """Wait for chunk n, if there is one of ``count``; the share of a state that it keeps."""
-    passing.x_ring.wait(n, n < count)
-    kept = 1.0
-    if GATED:
-        # of no chunk any number may have been told
-        there = gl.where(n < count, told(passing.places, n, THERE), 0)
-        kept = power(sum_of(passing.s_tiles, gamma, n, there, REVERSE, SUMMED))
-    return kept
-
-
-@gluon.jit
 def carry_on(
     passing, gamma, start, end, i_h, i_z, count,
     H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr, V_FIRST: gl.constexpr,
@@ -129,11 +115,12 @@ def carry_on(
             b_s += gl.load(start + place + p_state, mask=m, other=0.0).to(gl.float32)
         within = n >= 0  # a sequence has a chunk
         while within:
-            kept = share_kept(passing, gamma, n, count, REVERSE, GATED, SUMMED)
+            passing.x_ring.wait(n)
             wait_before(passing.h_ring.empty, n)
             passing.h_ring.tile(n).store(b_s.to(passing.h_ring.tiles.dtype))
             if GATED:
-                b_s = b_s * kept
+                there = told(passing.places, n, THERE)
+                b_s = b_s * power(sum_of(passing.s_tiles, gamma, n, there, REVERSE, SUMMED))
             wait_for(passing.u_ready, n)
             u = tile_of(passing.u_tiles, n)
             b_s = warpgroup_mma(passing.y_ring.tile(n).permute((1, 0)), u, b_s, is_async=True)

@@ -26,6 +26,7 @@ from fla.ops.common.hopper import (
     descriptor,
     new_ring,
     new_tiles,
+    tell,
     told,
     wait_before,
 )
@@ -139,9 +140,7 @@ def produce(
                     s_tiles.index(stage), sums + token + o_c, mask=o_c < there
                 )
                 async_copy.mbarrier_arrive(x_ring.ready.index(stage))
-            places.index(n & PLACES - 1).store(b_p.to(gl.int32))
-            gl.thread_barrier()
-            arrive(x_ring.ready, n)
+            tell(places, x_ring.ready, n, b_p)
             n += 1
 
 
