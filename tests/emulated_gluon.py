@@ -57,6 +57,8 @@ class Shared:
 
     def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
         shape = [int(size) for size in shape]
+        if self.x.dim() == 5:
+            return Rows(self.x, shape)
         if math.prod(shape) * dtype.itemsize < self.x.nbytes:
             # fp32 stands in for bf16, and what would share its memory has a place of its own: that
             # one overwrites the other too early is not seen here
@@ -69,6 +71,20 @@ class Shared:
     def store(self, value: Value) -> None:
         assert value.dtype == self.dtype and value.shape == self.shape
         self.x.copy_(value.x)
+
+
+class Rows(Shared):
+    """Tiles [stages, 1, rows, 1, columns] as shared memory has them, 64 columns before the next."""
+
+    def __init__(self, x: Tensor, shape: list[int]):
+        assert math.prod(shape) == x.numel() and shape[1] == min(x.shape[-1], 64)
+        blocks = x.unflatten(4, (-1, shape[1]))
+        super().__init__(blocks.permute(0, 4, 2, 1, 3, 5)[:, :, :, 0, 0])
+
+    def index(self, i: Any) -> Shared:
+        i, row = divmod(int(i), self.x.shape[2])
+        stage, block = divmod(i, self.x.shape[1])
+        return Shared(self.x[stage, block, row])
 
 
 class Barrier:

@@ -162,9 +162,10 @@ def test_compiles(sizes, more, tmp_path):
         assert kernel.metadata.shared <= 227 << 10
         before = before_arrivals(kernel)
         assert before and not any(first.startswith("wgmma") for first in before)
-        # but a number that says what follows a chunk, which stays longer than the chunk's tiles
+        # but numbers of a chunk's place, which stay longer than its tiles
         turns = kernel.metadata.name == "hopper_turns_kernel"
-        assert under_way(dumped(kernel, tmp_path, "-sass")) == ["LDS"] * turns
+        loads = {"LDS", "LDS.64"} if turns else set()
+        assert set(under_way(dumped(kernel, tmp_path, "-sass"))) <= loads
         usage = dumped(kernel, tmp_path, "-res-usage")
         assert int(re.search(r"STACK:(\d+)", usage).group(1)) <= 32, usage
 

@@ -140,7 +140,8 @@ def produce(
             b_p = gl.where(o_p == BOS, bos, gl.where(o_p == LENGTH, length, b_p))
             b_p = gl.where(o_p == LIVE, live, gl.where(o_p == LOW, low, b_p))
             b_p = gl.where(o_p == FULL, full, b_p)
-            tell(places, placed, m, b_p)
+            tell(places, m, b_p)
+            arrive(placed, m)
             q_0.fill(q_desc, [row, first, i_h, 0], m)
             q_1.fill(q_desc, [row, first + ROWS, i_h, 0], m)
             m += 1
@@ -156,7 +157,8 @@ def produce(
                 n += 1
         turn += 1
         i = next_tile(taken, turn)
-    tell(places, placed, m, gl.where(o_p == HEAD, NONE, 0))
+    tell(places, m, gl.where(o_p == HEAD, NONE, 0))
+    arrive(placed, m)
 
 
 @gluon.jit

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.core import _aggregate as aggregate
 
 from fla.ops.attn.blocks import SPAN, first_interval_seen, place_of
-from fla.ops.common.hopper import along, arrive, wait_before, wait_for
+from fla.ops.common.hopper import along, arrive, clear, wait_before, wait_for
 from fla.ops.common.kernels import SEARCH, first_slot, sequence, sequence_at
 
 # A step is 64 queries of a head that meet 128 keys, an interval of gates.
@@ -165,26 +165,6 @@ def new_steps(tile, latest, cu_seqlens, window, N, T, intervals, H: gl.constexpr
 
 
 @gluon.jit
-def clear(tile, live):
-    """Zero what lies behind the first ``live`` rows of a tile [ROWS, D], by one warp.
-
-    It has no weight, but zero times NaN is not zero.
-    """
-    D: gl.constexpr = tile.shape[1]
-    # rows that the tile's layout repeats after
-    PART: gl.constexpr = 8
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
-    o_r = gl.arange(0, PART, gl.SliceLayout(1, LAYOUT))[:, None]
-    for at in gl.static_range(0, ROWS, PART):
-        if at + PART > live:
-            part = tile.slice(at, PART)
-            b = gl.zeros([PART, D], tile.dtype, LAYOUT)
-            if at < live:
-                b = gl.where(at + o_r < live, part.load(LAYOUT), b)
-            part.store(b)
-
-
-@gluon.jit
 def produce(
     q_desc, k_desc, v_desc, columns_desc, do_desc, rows_desc, gates_desc, k_tiles, v_tiles,
     column_tiles, ready, q_ring, do_ring, row_tiles, gate_tiles, needed, window, steps,
@@ -217,14 +197,12 @@ def produce(
         if PACKED:
             if left < KEYS:
                 mbarrier.wait(arrived, 0)
-                D: gl.constexpr = k_tiles.shape[4]
                 for i_w in gl.static_range(2):
-                    clear(k_tiles.index(i_w).reshape([ROWS, D]), left - i_w * ROWS)
-                    clear(v_tiles.index(i_w).reshape([ROWS, D]), left - i_w * ROWS)
+                    clear(k_tiles, i_w, left - i_w * ROWS)
+                    clear(v_tiles, i_w, left - i_w * ROWS)
                     if columns_desc is not None:
                         for half in gl.static_range(2):
-                            columns = column_tiles.index(2 * i_w + half)
-                            clear(columns.reshape([ROWS, D // 2]), left - i_w * ROWS)
+                            clear(column_tiles, 2 * i_w + half, left - i_w * ROWS)
                 fence_async_shared()
                 gl.thread_barrier()
                 mbarrier.arrive(ready.index(0), count=1)
@@ -265,8 +243,8 @@ def produce(
                 mbarrier.wait(q_ring.ready.index(STAGES), cleared % 2)
                 mbarrier.wait(do_ring.ready.index(STAGES), cleared % 2)
                 cleared += 1
-                clear(q_ring.tile(m), left)
-                clear(do_ring.tile(m), left)
+                clear(q_ring.tiles, m, left)
+                clear(do_ring.tiles, m, left)
                 fence_async_shared()
                 gl.thread_barrier()
                 mbarrier.arrive(q_ring.ready.index(stage), count=1)

@@ -67,11 +67,10 @@ def scalar(place):
 
 
 @gluon.jit
-def tell(places, barriers, i, b_p):
-    """Lay down the numbers of the i-th place, by one warp, which then arrives at its barrier."""
+def tell(places, i, b_p):
+    """Lay down the numbers of the i-th place, by one warp, whose arrival has to follow."""
     places.index(i & places.shape[0] - 1).store(b_p.to(gl.int32))
     gl.thread_barrier()
-    arrive(barriers, i)
 
 
 @gluon.jit
@@ -84,6 +83,24 @@ def told(places, i, WHAT: gl.constexpr):
 def tile_of(tiles, i):
     """The i-th tile that passes through [stages, 1, rows, 1, columns], as [rows, columns]."""
     return tiles.index(i % tiles.shape[0]).reshape([tiles.shape[2], tiles.shape[4]])
+
+
+@gluon.jit
+def clear(tiles, i, there):
+    """Zero the rows of the i-th of ``tiles`` but the first, which are ``there``, by one warp.
+
+    They are another sequence's, or nobody's, and have no weight; but zero times NaN is not zero.
+    """
+    # 64 columns of all rows come before the next ones, and a swizzle stays within a row
+    ROWS: gl.constexpr = tiles.shape[2]
+    WIDE: gl.constexpr = min(tiles.shape[4], 64)
+    BLOCKS: gl.constexpr = tiles.shape[4] // WIDE
+    rows = tiles._reinterpret(tiles.dtype, [tiles.shape[0] * BLOCKS * ROWS, WIDE], VECTOR)
+    b = gl.zeros([WIDE], tiles.dtype, gl.BlockedLayout([2], [32], [1], [0]))
+    first = i % tiles.shape[0] * (BLOCKS * ROWS)
+    for row in range(gl.maximum(there, 0), ROWS):
+        for block in gl.static_range(BLOCKS):
+            rows.index(first + block * ROWS + row).store(b)
 
 
 @aggregate
@@ -145,27 +162,18 @@ def new_tiles(desc, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def new_ring(desc, STAGES: gl.constexpr, READERS: gl.constexpr, FILLERS: gl.constexpr = 1):
-    """Before the partitions part; a fence has to follow.
-
-    A tile has arrived when its bytes have, and all FILLERS: ``fill`` is one of them.
-    """
-    tiles = new_tiles(desc, STAGES)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=FILLERS)
-        mbarrier.init(empty.index(i), count=READERS)
-    return Ring(tiles, ready, empty)
-
-
-@gluon.jit
 def new_barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
     """A barrier a stage; the i-th use is of stage i % stages, and over after so many arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(barriers.index(i), count=ARRIVALS)
     return barriers
+
+
+@gluon.jit
+def new_ring(desc, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """Before the partitions part; a fence has to follow."""
+    return Ring(new_tiles(desc, STAGES), new_barriers(STAGES, 1), new_barriers(STAGES, READERS))
 
 
 @gluon.jit

@@ -24,7 +24,6 @@ from fla.ops.common.hopper import (
     arrive,
     descriptor,
     new_barriers,
-    new_ring,
     new_tiles,
     tile_of,
     told,
@@ -50,8 +49,8 @@ from fla.ops.simple_gla.hopper_walk import (
     SEQUENCE,
     THERE,
     TOKEN,
-    clear,
     forget,
+    new_rings,
     produce,
 )
 
@@ -148,8 +147,7 @@ def put_out(
 ):  # fmt: skip
     """Put out = scale (w (x·S) + w (x·y) z) of every chunk at this turn.
 
-    Before it comes u, the chunk's z as they are added to the state, in the output's place.  Where a
-    sequence ends inside a chunk, y and z are cleared before anybody else looks at them.
+    Before it comes u, the chunk's z as they are added to the state, in the output's place.
     """
     BZ: gl.constexpr = passing.o_tiles.shape[4]
     PAIRS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
@@ -167,11 +165,6 @@ def put_out(
         token = told(passing.places, n, TOKEN)
         there = told(passing.places, n, THERE)
         z = passing.z_ring.tile(n)
-        if there < C:
-            clear(passing.y_ring.tile(n), there, FLAT)
-            clear(z, there, FLAT)
-            fence_async_shared()
-            gl.thread_barrier()
         x = passing.x_ring.tile(n)
         b_a = gl.zeros([C, C], gl.float32, PAIRS)
         b_a = warpgroup_mma(
@@ -256,9 +249,7 @@ def hopper_turns_kernel(
         sums += (i_h * (gl.num_programs(0) // (NZ * H)) + i_b).to(gl.int64) * T
     out += i_b.to(gl.int64) * T * (H * Z)
 
-    x_ring = new_ring(x_desc, STAGES, 2, 2)
-    y_ring = Ring(new_tiles(y_desc, STAGES), x_ring.ready, x_ring.empty)
-    z_ring = Ring(new_tiles(z_desc, STAGES), x_ring.ready, x_ring.empty)
+    x_ring, y_ring, z_ring = new_rings(x_desc, y_desc, z_desc, STAGES, cu_seqlens is not None)
     h_tiles = gl.allocate_shared_memory(z_desc.dtype, [TURNS, 1, X, 1, BZ], z_desc.layout)
     h_ring = Ring(h_tiles, new_barriers(TURNS, 1), new_barriers(TURNS, 1))
     o_tiles = new_tiles(o_desc, TURNS)

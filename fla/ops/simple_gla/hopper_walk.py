@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -23,7 +24,9 @@ from fla.ops.common.hopper import (
     VECTOR,
     Ring,
     arrive,
+    clear,
     descriptor,
+    new_barriers,
     new_ring,
     new_tiles,
     tell,
@@ -52,6 +55,8 @@ BZ = gl.constexpr(64)
 AHEAD = gl.constexpr(2)
 # Chunks whose places are known; a chunk's is until tiles have passed through all stages twice
 PLACES = gl.constexpr(16)
+# How many chunks that a sequence cuts may be under way to be cleared
+CUT = gl.constexpr(2)
 # A place: the first token, how many there are, marks, and the sequence
 TOKEN = gl.constexpr(0)
 THERE = gl.constexpr(1)
@@ -73,13 +78,29 @@ _PARTS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
 
 
 @gluon.jit
-def clear(tile, there, LAYOUT: gl.constexpr):
-    """Zeros for the rows of a tile from ``there`` on.
+def new_rings(x_desc, y_desc, z_desc, STAGES: gl.constexpr, PACKED: gl.constexpr):
+    """Rings of x, y and z, whose tiles arrive and are left together; a fence has to follow.
 
-    They are another sequence's and may hold anything, of which no weight makes zero.
+    A chunk has arrived when its bytes and its place have.  PACKED sequences may cut chunks, which
+    have CUT barriers of their own, behind those of the stages.
     """
-    m = gl.arange(0, C, gl.SliceLayout(1, LAYOUT)) < there
-    tile.store(gl.where(m[:, None], tile.load(LAYOUT), 0.0))
+    ready = new_barriers(STAGES + (CUT if PACKED else 0), 2)
+    empty = new_barriers(STAGES, 2)
+    x_ring = Ring(new_tiles(x_desc, STAGES), ready, empty)
+    y_ring = Ring(new_tiles(y_desc, STAGES), ready, empty)
+    return x_ring, y_ring, Ring(new_tiles(z_desc, STAGES), ready, empty)
+
+
+@gluon.jit
+def complete(x_ring, y_ring, z_ring, n, cut, there):
+    """When chunk n has come, the cut-th that is cut, clear y and z of what is not there."""
+    STAGES: gl.constexpr = x_ring.tiles.shape[0]
+    mbarrier.wait(x_ring.ready.index(STAGES + cut % CUT), cut // CUT % 2)
+    clear(y_ring.tiles, n, there)
+    clear(z_ring.tiles, n, there)
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(x_ring.ready.index(n % STAGES), count=2)
 
 
 @gluon.jit
@@ -97,21 +118,31 @@ def produce(
     x_desc, y_desc, z_desc, b_desc, sums, x_ring, y_ring, z_ring, b_ring, s_tiles, places,
     cu_seqlens, i_b, i_h, i_z, first, last, N, T, begin, stop, BACK: gl.constexpr,
 ):  # fmt: skip
-    """Copy the tiles of each chunk in the order of the walk; those of x bring the others along.
+    """Copy the tiles of each chunk in the order of the walk, all to arrive at one barrier.
 
     And lay beside them the chunk's place.  Its gate's sums are copied one by one: a copy of all of
     them begins at multiples of 16 bytes, a chunk at any token.
+
+    Where a sequence ends inside a chunk another one may follow.  Such a chunk arrives at a barrier
+    of its own, and is ready when what is not the sequence's has been cleared, for which the copies
+    of the next chunk do not wait.
     """
     COLUMNS: gl.constexpr = z_desc.block_type.shape[3]
-    WITH_X: gl.constexpr = (
-        y_desc.block_type.nbytes
+    BYTES: gl.constexpr = (
+        x_desc.block_type.nbytes
+        + y_desc.block_type.nbytes
         + z_desc.block_type.nbytes
         + (0 if b_desc is None else b_desc.block_type.nbytes)
     )
+    STAGES: gl.constexpr = x_ring.tiles.shape[0]
+    PACKED: gl.constexpr = cu_seqlens is not None
     WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     o_c = gl.arange(0, C, WARP)
     o_p = gl.arange(0, 4, WARP)
     n = 0
+    # how many chunks have been cut, and how many tokens the last chunk has
+    cuts = 0
+    before = C
     for i_n in range(first, last):
         bos, length, chunks, at, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
         head = bos >= begin
@@ -129,19 +160,33 @@ def produce(
             b_p = gl.where(o_p == MARKS, marks, gl.where(o_p == SEQUENCE, i_n, b_p))
             wide = [i_b, token, i_h, 0]
             block = [i_b, token, i_h, i_z * COLUMNS]
-            x_ring.fill(x_desc, wide, n, WITH_X)
-            x_ring.join(y_desc, wide, n, y_ring.tiles)
-            x_ring.join(z_desc, block, n, z_ring.tiles)
+            stage = n % STAGES
+            arrived = x_ring.ready.index(stage)
+            if PACKED:
+                arrived = x_ring.ready.index(gl.where(there < C, STAGES + cuts % CUT, stage))
+            wait_before(x_ring.empty, n)
+            mbarrier.expect(arrived, BYTES)
+            tma.async_copy_global_to_shared(x_desc, wide, arrived, x_ring.tiles.index(stage))
+            tma.async_copy_global_to_shared(y_desc, wide, arrived, y_ring.tiles.index(stage))
+            tma.async_copy_global_to_shared(z_desc, block, arrived, z_ring.tiles.index(stage))
             if b_desc is not None:
-                x_ring.join(b_desc, block, n, b_ring.tiles)
+                tma.async_copy_global_to_shared(b_desc, block, arrived, b_ring.tiles.index(stage))
             if sums is not None:
-                stage = n % s_tiles.shape[0]
                 async_copy.async_copy_global_to_shared(
                     s_tiles.index(stage), sums + token + o_c, mask=o_c < there
                 )
-                async_copy.mbarrier_arrive(x_ring.ready.index(stage))
-            tell(places, x_ring.ready, n, b_p)
+                async_copy.mbarrier_arrive(arrived)
+            tell(places, n, b_p)
+            mbarrier.arrive(arrived, count=1)
+            if PACKED:
+                if before < C:
+                    complete(x_ring, y_ring, z_ring, n - 1, cuts - 1, before)
+                before = there
+                cuts += (there < C).to(gl.int32)
             n += 1
+    if PACKED:
+        if before < C:
+            complete(x_ring, y_ring, z_ring, n - 1, cuts - 1, before)
 
 
 @gluon.jit
@@ -161,8 +206,7 @@ def weigh(
 ):  # fmt: skip
     """A chunk's pairs a = w (x·y); u, its z as they are added to the state; weights of x; rows.
 
-    Where a sequence ends inside a chunk, y and z are cleared before anybody else looks at them;
-    weights of tokens that are not there may be any number.
+    Weights of tokens that are not there may be any number.
     """
     BACK: gl.constexpr = REVERSE != GRADIENT
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -176,11 +220,6 @@ def weigh(
     while more:
         x_ring.wait(n)
         there = told(places, n, THERE)
-        if there < C:
-            clear(y_ring.tile(n), there, FLAT)
-            clear(z_ring.tile(n), there, FLAT)
-            fence_async_shared()
-            gl.thread_barrier()
         b_0 = gl.zeros([C, C], gl.float32, PAIRS)
         b_a = warpgroup_mma(
             x_ring.tile(n), y_ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True
@@ -373,9 +412,7 @@ def hopper_walk_kernel(
     if carry is not None:
         carry += (unit * H + i_h).to(gl.int64) * (X * Z + (Z if TURNED else X))
 
-    x_ring = new_ring(x_desc, STAGES, 2, 2)
-    y_ring = Ring(new_tiles(y_desc, STAGES), x_ring.ready, x_ring.empty)
-    z_ring = Ring(new_tiles(z_desc, STAGES), x_ring.ready, x_ring.empty)
+    x_ring, y_ring, z_ring = new_rings(x_desc, y_desc, z_desc, STAGES, cu_seqlens is not None)
     a_ring = new_ring(o_desc, AHEAD, 1)
     o_tiles = new_tiles(o_desc, 2)
     # These stand for what a call does not have; partitions take no None.  No barrier is made that
