@@ -126,22 +126,30 @@ def dumped(kernel: Any, directory: Path, *what: str) -> str:
 def under_way(code: str) -> list[str]:
     """Loads from shared memory that may not have arrived where a place there is given back.
 
-    Barriers do not wait for them, and a copy may overtake them.  ``code`` is what ``-sass`` tells:
-    the upper word of an instruction has from bit 46 on the counter, if any, that says when its
-    result is there, and from bit 52 on a bit for each of six counters that it waits for.
+    Barriers do not wait for them, and a copy may overtake them.  What counts is what was under way
+    when the warps met, after which one of them gives back for all.  ``code`` is what ``-sass``
+    tells, and is followed from one jump to the next: the upper word of an instruction has from bit
+    46 on the counter, if any, that says when its result is there, and from bit 52 on a bit for each
+    of six counters that it waits for.
     """
-    found: list[str] = []
-    loads: dict[int, str] = {}  # the last one that a counter speaks of
-    for text, word in re.findall(r"/\*[0-9a-f]{4,}\*/ +(.*?);.*\n.*/\* 0x([0-9a-f]{16}) \*/", code):
+    found: dict[str, str] = {}
+    loads: dict[int, tuple[str, str]] = {}  # the last one that a counter speaks of
+    met: dict[int, tuple[str, str]] = {}  # those when the warps have met
+    line = r"/\*([0-9a-f]{4,})\*/ +(.*?);.*\n.*/\* 0x([0-9a-f]{16}) \*/"
+    for place, text, word in re.findall(line, code):
         counter, awaited = int(word, 16) >> 46 & 7, int(word, 16) >> 52
         loads = {i: load for i, load in loads.items() if not awaited >> i & 1}
-        if "SYNCS.ARRIVE" in text and "A1T0" in text:  # but not who announces bytes
-            found += loads.values()
-        if counter < 6 and (load := re.search(r"\bLDSM?\S*", text)):
-            loads[counter] = load[0]
+        if "BAR.SYNC" in text:
+            met = loads
+        elif "PHASECHK" in text:  # a wait, behind which nobody gives back what was left before
+            met = {}
+        elif re.search(r"SYNCS\.ARRIVE.*(A1T0|ART0)", text):  # but not who announces bytes
+            found |= (*met.values(), *loads.values())
+        elif counter < 6 and (load := re.search(r"\bLDSM?\S*", text)):
+            loads = loads | {counter: (place, load[0])}
         if re.match(r"EXIT|BRA|RET", text):  # what follows is jumped to
-            loads = {}
-    return found
+            loads = met = {}
+    return list(found.values())
 
 
 def usage_of(kernel: Any, directory: Path) -> tuple[int, int]:

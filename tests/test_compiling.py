@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from compiling import compiling, overtaken
+from compiling import compiling, overtaken, under_way
 
 C = tl.constexpr(64)
 
@@ -40,3 +40,29 @@ def test_a_tile_that_is_overtaken(twice, summed):
             x, x, x[0].float(), torch.zeros(64), 8, TWICE=twice, SUMMED=summed, num_warps=4
         )
     assert bool(overtaken(compiled[0])) == summed
+
+
+def instructions(*each):
+    """Of text, the counter that tells of a result, and the counters that are waited for."""
+    lines = []
+    for i, (text, counter, awaited) in enumerate(each):
+        word = counter << 46 | awaited << 52
+        lines += [f"/*{16 * i:04x}*/  {text} ;  /* 0x0 */", f"  /* 0x{word:016x} */"]
+    return "\n".join(lines)
+
+
+LOAD = "LDSM.16.M88.4 R4, [R2]", 3, 0
+MEET = "BAR.SYNC.DEFER_BLOCKING 0x1", 7, 0
+USE = "FADD R4, R4, R5", 7, 1 << 3
+GIVE = "@!P0 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4+0x40], RZ", 7, 0
+
+
+def test_loads_under_way():
+    """One warp gives back for all: it is not enough that it has what it loaded itself."""
+    assert under_way(instructions(LOAD, USE, MEET, GIVE)) == []
+    for each in ((LOAD, MEET, GIVE), (LOAD, MEET, USE, GIVE), (LOAD, MEET, GIVE, GIVE, USE)):
+        assert under_way(instructions(*each)) == ["LDSM.16.M88.4"]
+    another = "FADD R4, R4, R5", 7, 1 << 2
+    assert under_way(instructions(LOAD, another, MEET, GIVE)) == ["LDSM.16.M88.4"]
+    wait = "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4+0x48], R3", 7, 1 << 3
+    assert under_way(instructions(LOAD, MEET, wait, GIVE)) == []

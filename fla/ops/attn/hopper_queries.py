@@ -230,10 +230,10 @@ def meet(
 
 
 @gluon.jit
-def clear(tile, i_w: gl.constexpr, live, cleared, cuts):
-    """Zero what lies behind the first ``live`` rows of values, half a tile in each consumer.
+def clear_half(tile, i_w: gl.constexpr, live, cleared, cuts):
+    """What ``clear`` does with values, half a tile in each consumer.
 
-    It has no weight, but zero times NaN is not zero.
+    The copying warp does not wait for them to arrive, but goes on to the next blocks.
     """
     WIDE: gl.constexpr = tile.shape[1] // 8
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDE, WIDE], [4, 1], [1, 0])
@@ -320,7 +320,7 @@ def consume(
         if cu_seqlens is not None:
             if i_q + BLOCK > live:
                 v_ring.wait(n)
-                clear(v_ring.tile(n), i_w, live - i_q, cleared, cuts)
+                clear_half(v_ring.tile(n), i_w, live - i_q, cleared, cuts)
                 cuts += 1
         between = gl.to_tensor(0.0).to(gl.float64)
         n += 1

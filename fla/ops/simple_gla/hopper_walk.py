@@ -1,8 +1,8 @@
 """The walk over time on Hopper, warp-specialised: what does not wait for the state runs ahead.
 
-One warp copies tiles and says where each chunk lies, so that the others walk over the chunks of all
-sequences alike.  Four weigh the pairs inside a chunk and what is added to the state; four carry the
-state, multiply it and put out.
+One warp copies tiles, says where each chunk lies and clears what is not its sequence's, so that the
+others walk over the chunks of all sequences alike.  Four weigh the pairs inside a chunk and what is
+added to the state; four carry the state, multiply it and put out.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def new_rings(x_desc, y_desc, z_desc, STAGES: gl.constexpr, PACKED: gl.constexpr
     """Rings of x, y and z, whose tiles arrive and are left together; a fence has to follow.
 
     A chunk has arrived when its bytes and its place have.  PACKED sequences may cut chunks, which
-    have CUT barriers of their own, behind those of the stages.
+    have CUT barriers of their own, behind those of the stages; where the tensor ends, copies bring
+    zeros.
     """
     ready = new_barriers(STAGES + (CUT if PACKED else 0), 2)
     empty = new_barriers(STAGES, 2)
@@ -100,7 +101,7 @@ def complete(x_ring, y_ring, z_ring, n, cut, there):
     clear(z_ring.tiles, n, there)
     fence_async_shared()
     gl.thread_barrier()
-    mbarrier.arrive(x_ring.ready.index(n % STAGES), count=2)
+    mbarrier.arrive(x_ring.ready.index(n % STAGES), count=2)  # for bytes and place
 
 
 @gluon.jit
