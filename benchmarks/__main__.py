@@ -1,4 +1,4 @@
-"""``python -m benchmarks [cpu|gpu] [options]``: on the GPU where there is one, else on the CPU."""
+"""``python -m benchmarks [cpu|gpu|counters] [options]``: cpu or gpu by what there is."""
 
 import importlib
 import sys
@@ -7,7 +7,7 @@ import torch
 
 
 def main(argv: list[str]) -> int:
-    if argv and argv[0] in ("cpu", "gpu"):
+    if argv and argv[0] in ("cpu", "gpu", "counters"):
         where, *argv = argv
     else:
         where = "gpu" if torch.cuda.is_available() else "cpu"

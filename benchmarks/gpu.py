@@ -203,7 +203,7 @@ def _run(engine: str, suite: Suite, options: argparse.Namespace) -> bool:
     }
     if not options.rows:
         options.out.mkdir(parents=True, exist_ok=True)
-        record = {**_machine(), **costs, "rows": measured}
+        record = {**machine(), **costs, "rows": measured}
         (options.out / f"{suite.name}.json").write_text(json.dumps(record, indent=1) + "\n")
     for name, each in found.items():
         for row in rows:
@@ -295,7 +295,7 @@ def _apart(
     return found
 
 
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "device": torch.cuda.get_device_name(),

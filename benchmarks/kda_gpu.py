@@ -38,6 +38,10 @@ class Row(suite.Row):
     peer: bool = False  # fla-core runs it too; minutes of search, and slow gates are as fast ones
 
     @property
+    def differentiable(self) -> bool:
+        return not self.recurrent
+
+    @property
     def spans(self) -> list[slice]:
         """Where sequences lie."""
         stops = itertools.accumulate(self.lengths or (self.T,))
@@ -127,7 +131,7 @@ def measure(row: Row, library: str) -> Found:
         return {}
     call, inputs = fla(row), row.inputs()
     do = inputs.pop("do")
-    cotangent = None if row.recurrent else do
+    cotangent = do if row.differentiable else None
     results = suite.results(call, inputs, cotangent)
     few = {name: _few_heads(row, x) for name, x in results.items()}
     del results

@@ -39,6 +39,10 @@ class Row(suite.Row):
         return self.HQ // self.H
 
     @property
+    def differentiable(self) -> bool:
+        return not self.decoding
+
+    @property
     def alone(self) -> bool:
         """Whether the row says something of this package only."""
         return self.everything or (self.T > 16384 and not self.decoding)
@@ -170,7 +174,7 @@ def measure(row: Row, library: str) -> Found:
     inputs = row.inputs()
     do = inputs.pop("do")
     frozen = library == "flex" and row.gate is not None  # as constants its gates have no gradients
-    cotangent = None if row.decoding or frozen else do
+    cotangent = do if row.differentiable and not frozen else None
     with _context(row, library):
         results = suite.results(call, inputs, cotangent)
         few = {name: _few_heads(row, x) for name, x in results.items()}
@@ -266,7 +270,7 @@ def host() -> Found:
         do = inputs.pop("do")
         with torch.inference_mode():
             found[name] = suite.wall_clock(functools.partial(call, **inputs))
-        if not each.decoding:
+        if each.differentiable:
             both = functools.partial(suite.results, call, inputs, do)
             found[f"{name}, backward too"] = suite.wall_clock(both)
     return found

@@ -33,6 +33,11 @@ class Row:
     name: str
     first: tuple[float | None, float | None]
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether there is a backward pass."""
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
@@ -71,7 +76,7 @@ def times(call: Call, inputs: Found, do: Tensor | None = None) -> Found:
     """ms of the forward pass and, with ``do``, of the backward pass alone."""
     found = {"forward": milliseconds(torch.inference_mode()(lambda: call(**inputs)))}
     if do is not None:
-        inputs, leaves = _differentiable(inputs)
+        inputs, leaves = differentiable(inputs)
         o = call(**inputs)
         found["backward"] = milliseconds(
             lambda: torch.autograd.grad(o, list(leaves.values()), do, retain_graph=True)
@@ -91,7 +96,7 @@ def results(call: Call, inputs: Found, do: Tensor | None = None) -> dict[str, Te
     if do is None:
         with torch.no_grad():
             return {"o": call(**inputs)}
-    inputs, leaves = _differentiable(inputs)
+    inputs, leaves = differentiable(inputs)
     o = call(**inputs)
     gradients = torch.autograd.grad(o, list(leaves.values()), do.to(o.dtype))
     return {"o": o.detach()} | dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
@@ -103,7 +108,7 @@ def in_fp64(textbook: Call, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return results(textbook, wide, wide.pop("do"))
 
 
-def _differentiable(inputs: Found) -> tuple[Found, dict[str, Tensor]]:
+def differentiable(inputs: Found) -> tuple[Found, dict[str, Tensor]]:
     """The inputs with leaves among them, and the leaves alone."""
     leaves = {
         name: x.detach().requires_grad_()
@@ -165,7 +170,7 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
 def first_call(call: Call, inputs: Found) -> Found:
     """Seconds of a call and of its backward pass, with what they compile."""
     do = inputs.pop("do")
-    inputs, leaves = _differentiable(inputs)
+    inputs, leaves = differentiable(inputs)
     forward, o = seconds(lambda: call(**inputs))
     backward, _ = seconds(lambda: torch.autograd.grad(o, list(leaves.values()), do))
     return {"forward": forward, "backward": backward}

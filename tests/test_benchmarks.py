@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton.testing
 
-from benchmarks import cpu, gpu, kda_gpu, linear_gpu, softmax_gpu, suite
+from benchmarks import counters, cpu, gpu, kda_gpu, linear_gpu, softmax_gpu, suite
 from benchmarks.cpu import Case, Row
 from fla.ops.attn import attn_decoding_one_step, parallel_attn
 from fla.ops.common import dispatch
@@ -325,3 +325,51 @@ def test_rows_of_one_engine_start_no_other(monkeypatch):
     monkeypatch.setattr(gpu, "_run", lambda engine, *_: ran.append(engine) or True)
     assert gpu.main(["--rows", "attn_decoding"]) == 0
     assert ran == ["attn"]
+
+
+# In place of Nsight Compute: runs nothing, and has counted a kernel of PyTorch's too.
+NCU = """#!/bin/sh
+for each; do case $each in --log-file=*) log=${each#*=};; esac; done
+cat > $log <<TABLE
+==PROF== Connected
+"ID","Kernel Name",%s
+"","",%s
+"0","elementwise_kernel",%s
+"1","walk_kernel",%s
+"2","walk_kernel",%s
+TABLE
+echo compiling
+echo '["a row", "forward", ["walk_kernel"]]'
+echo '["a row", "backward", ["walk_kernel"]]'
+"""
+
+
+def test_what_is_counted_belongs_to_a_pass(monkeypatch, tmp_path, capsys):
+    head, tail = counters._WAITING
+    reasons = [f"{head}{each}{tail}" for each in ("barrier", "wait", "selected", "gmma", "math")]
+    columns = [counters._TIME, *counters._BUSY.values(), *reasons]
+
+    def line(*numbers):
+        return ",".join(f'"{each}"' for each in numbers)
+
+    busy = range(10, 10 + len(counters._BUSY))
+    others = line(1, *busy, *[9] * 5)
+    first, second = (line(x, *busy, 0.5, 3, 9, 2, 0) for x in ("1,500", "2,000,000.5"))
+    names, units = line(*columns), line(*["x"] * len(columns))
+    ncu = tmp_path / "ncu"
+    ncu.write_text(NCU % (names, units, others, first, second))
+    ncu.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(gpu, "machine", dict)
+    assert counters.main(["--only", "linear", "--out", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "linear_counters.json").read_text())["kernels"]
+    assert [each["pass"] for each in written] == ["forward", "backward"]
+    assert [each["µs"] for each in written] == [1.5, 2000.0005]
+    for each in written:
+        assert each["busy, %"] == dict(zip(counters._BUSY, busy, strict=True))
+        assert each["waiting"] == {"wait": 3, "gmma": 2, "barrier": 0.5}
+    printed = capsys.readouterr().out
+    assert "a row, backward" in printed and "wait 3.0, gmma 2.0, barrier 0.5" in printed
+    ncu.write_text(ncu.read_text().replace('"walk_kernel"]', '"another_kernel"]'))
+    with pytest.raises(RuntimeError, match="has not counted another_kernel"):
+        counters.main(["--only", "linear"])
