@@ -87,6 +87,49 @@ with (
 """
 
 
+# NaN of one sequence, in segments whose borders lie in sequences and between them
+APART = """
+import json, torch
+from unittest import mock
+from fla.ops import fused_recurrent_simple_gla
+from fla.ops.simple_gla import blocks, engine, segments
+
+bounds = torch.tensor([0, 60, 60, 200, 210, 330, 390])
+torch.set_num_threads(1)
+torch.manual_seed(0)
+with (
+    mock.patch.object(engine, "lacks_triton", lambda device, dtype: None),
+    mock.patch.object(blocks, "multiprocessors", lambda device: 64),
+    mock.patch.object(blocks, "_SHORTEST_PIECE", 1),
+    mock.patch.object(segments, "join", wraps=segments.join) as joined,
+):
+    for reverse, n in ((False, 0), (False, 4), (True, 2), (True, 4)):
+        poisoned = slice(*bounds[n : n + 2])
+        q, k, v, do = torch.randn(4, 1, 390, 1, 16)
+        g, state, dstate = -torch.rand(1, 390, 1), *torch.randn(2, 6, 1, 16, 16)
+        found = []
+        for poison in (False, True):
+            leaves = [x.clone() for x in (q, k, v, g)] + [state.clone()]
+            if poison:
+                for x in leaves[:-1]:
+                    x[:, poisoned] = torch.nan
+            leaves = [x.requires_grad_() for x in leaves]
+            o, final = fused_recurrent_simple_gla(
+                *leaves[:4], initial_state=leaves[4], output_final_state=True, reverse=reverse,
+                cu_seqlens=bounds,
+            )
+            every = torch.autograd.grad((o, final), leaves, (do, dstate))
+            found.append([x.detach() for x in (o, *every[:4], final, every[4])])
+        named = {}
+        for name, clean, x in zip(("o", "dq", "dk", "dv", "dg", "final", "dstate"), *found):
+            of = n if len(x) > 1 else (slice(None), poisoned)
+            assert x[of].isnan().any(), (name, n)
+            clean[of] = x[of] = 0
+            named[name] = float((clean - x).abs().max()), 0.0
+        print(json.dumps([reverse, n, joined.call_args.args[0].shape[1], named]))
+"""
+
+
 def interpreted(program):
     """What it prints, in a process where Triton interprets its kernels."""
     printed = run_alone("-c", program)
@@ -106,6 +149,11 @@ def test_interpreted():
 def test_segments_in_pieces():
     calls = interpreted(IN_PIECES)
     assert len(calls) > 5 and {pieces for *_, pieces, _ in calls} == {2}
+
+
+def test_sequences_have_nothing_of_each_other():
+    calls = interpreted(APART)
+    assert len(calls) == 4 and all(segments > 2 for *_, segments, _ in calls)
 
 
 def call(case, gate=None, packed=False, normalize=False, states=None, T=130, H=2):

@@ -107,6 +107,24 @@ def test_what_lies_beside_a_sequence_is_not_read(turns):
         check_what_lies_beside(run, operands(1, 500))
 
 
+@pytest.mark.parametrize("segments, turns", [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("n", [0, 4, 5])
+def test_sequences_have_nothing_of_each_other(n, segments, turns):
+    """Also where segments begin, in them and between them."""
+    bounds = torch.tensor([0, 700, 700, 701, 765, 1500, 2200, 3000], device="cuda")
+    poisoned = slice(*bounds[n : n + 2].tolist())
+    inputs = operands(1, 3000)
+    with on_hopper(segments, turns):
+        clean = run(*inputs, cu_seqlens=bounds)
+        for x in inputs:
+            x[:, poisoned] = torch.nan
+        found = run(*inputs, cu_seqlens=bounds)
+    for a, b in zip(clean, found, strict=True):
+        assert b[:, poisoned].isnan().any()
+        a[:, poisoned] = b[:, poisoned] = 0
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("gated", [True, False])
 @in_turns_or_not
 def test_a_graph_replays_with_other_boundaries(turns, gated):

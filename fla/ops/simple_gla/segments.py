@@ -81,7 +81,7 @@ def summary_kernel(
     tl.store(added + p_kv, tl.zeros([BX, BZ], tl.float32), mask=m_s)
     if NORMALIZE:
         tl.store(added + K * V + o_k, tl.zeros([BX], tl.float32), mask=m_k & (i_v == 0))
-    tl.store(kept + place, 0.0, mask=(i_k == 0) & (i_v == 0))
+    tl.store(kept + place, -1.0, mask=(i_k == 0) & (i_v == 0))
     gamma = 0.0
     if g_gamma is not None:
         gamma = tl.load(g_gamma + i_h).to(tl.float32) * LOG2E
@@ -154,7 +154,7 @@ def summary_kernel(
         tl.store(added + p_kv, b_s, mask=m_s & m)
         if NORMALIZE:
             tl.store(added + K * V + o_k, b_z, mask=m_k & (m & (i_v == 0)))
-        share = tl.where(opens, 0.0, power(s_sum))
+        share = tl.where(opens, -1.0, power(s_sum))
         tl.store(kept + place, share, mask=m & (i_k == 0) & (i_v == 0))
 
 
@@ -165,6 +165,7 @@ def join_kernel(
 ):  # fmt: skip
     """S ← kept S + added, piece by piece, and what enters each segment of so many ``pieces``.
 
+    Of what is of another sequence nothing is kept, whatever it may be: then ``kept`` is negative.
     A program owns BLOCK elements of a state of one head, or of its gradient, which goes the other
     way.  added [sides, units, heads, SIZE], carry [sides, segments, heads, SIZE].
     """
@@ -185,7 +186,7 @@ def join_kernel(
         segment = tl.where(back, last - i // pieces, i // pieces)
         m = (o < SIZE) & (i % pieces == 0)
         tl.store(carry + (segment * heads + i_h).to(tl.int64) * SIZE, b_s, mask=m)
-        b_s = b_s * s_kept + b_added
+        b_s = tl.where(s_kept < 0, 0.0, b_s * s_kept) + b_added
     segment = tl.where(back, 0, last)
     tl.store(carry + (segment * heads + i_h).to(tl.int64) * SIZE, b_s, mask=o < SIZE)
 
