@@ -66,9 +66,20 @@ def compiling(capability: int) -> Iterator[list[Any]]:
             source = make(kernel, signature, constants, attributes)
             target = GPUTarget("cuda", capability, 32)
             compiled.append(triton.compile(source, target=target, options=options))
+            places = _barriers(compiled[-1])
+            # one that nobody uses would have a tile's memory, and the tile its beginning
+            assert all(y - x <= 16 for x, y in itertools.pairwise(places)), places
 
     with mock.patch.object(JITFunction, "run", run):
         yield compiled
+
+
+def _barriers(kernel: Any) -> list[int]:
+    """Where in shared memory barriers begin."""
+    ptx = kernel.asm["ptx"]
+    places = dict(re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", ptx))
+    begun = re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(\S+)\]", ptx)
+    return sorted(int(places.get(each, 0)) for each in begun)
 
 
 def overtaken(kernel: Any) -> list[str]:

@@ -163,9 +163,19 @@ def copy_out(desc: TensorDescriptor, place: list[Any], tile: Shared) -> None:
     _own.stores.append(lambda: desc.base.__setitem__(tensor, tile.x[inside]))
 
 
+def add_out(desc: TensorDescriptor, place: list[Any], tile: Shared) -> None:
+    tensor, inside = desc.part(place)
+    _own.stores.append(lambda: desc.base[tensor].add_(tile.x[inside]))
+
+
 def store_wait(pendings: int = 0) -> None:
     while len(_own.stores) > pendings:
         _own.stores.pop(0)()
+
+
+def assembly(text: str, *_: Any, **__: Any) -> None:
+    assert text.startswith("cp.async.bulk.wait_group 0;"), f"{text} has no stand-in"
+    store_wait()
 
 
 def copy_elements(tile: Shared, p: Pointer, mask: Any = True) -> None:
@@ -391,6 +401,7 @@ def _modules() -> dict[str, Any]:
         store=store,
         atomic_add=atomic_add,
         atomic_xchg=atomic_xchg,
+        inline_asm_elementwise=assembly,
         convert_layout=lambda x, layout, assert_trivial=False: x,
         static_range=range,
         thread_barrier=lambda: None,
@@ -428,10 +439,12 @@ def _modules() -> dict[str, Any]:
         warpgroup_mma_wait=warpgroup_mma_wait,
     )
     root = "triton.experimental.gluon"
+    added = {"begin_to_add": add_out}
     functions = {"jit": jit, "constexpr_function": lambda function: function}
     return {
         root: types.SimpleNamespace(**functions, language=language),
         f"{root}.language": language,
+        f"{root}.language._core": types.SimpleNamespace(builtin=lambda f: added[f.__name__]),
         f"{root}.language.nvidia": types.SimpleNamespace(hopper=hopper),
         f"{root}.language.nvidia.ampere": ampere,
         f"{root}.language.nvidia.hopper": hopper,

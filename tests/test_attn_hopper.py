@@ -174,10 +174,8 @@ def test_what_is_not_needed_does_not_show():
 
 def test_what_it_does_not_take_goes_to_triton():
     q, k, v = operands()
-    short, unaligned = operands(LONG - 1), torch.empty(q.numel() + 1, dtype=q.dtype)[1:]
-    narrow = operands(D=64)
+    unaligned = torch.empty(q.numel() + 1, dtype=q.dtype)[1:]
     gate, bounds = torch.empty(1, LONG, 16), torch.tensor([0, LONG])
-    pieces = torch.arange(0, LONG + 1, 128)
     with (
         mock.patch.object(hopper_forward, "run_forward", return_value="hopper"),
         mock.patch.object(hopper_forward, "gates", return_value=(None, None)),
@@ -189,15 +187,37 @@ def test_what_it_does_not_take_goes_to_triton():
         assert hopper_forward.forward(q, k, v, None, None, None, Options(-1.0, 9)) == "hopper"
         assert hopper_forward.forward(q, k, v, gate, None, None, options) == "hopper"
         assert hopper_forward.forward(q, k, v, None, None, bounds, options) == "hopper"
-        assert hopper_forward.forward(*narrow, gate, None, None, options) == "hopper"
-        assert hopper_forward.forward(*narrow, None, None, None, options) == "hopper"
-        assert hopper_forward.forward(*short, None, None, None, options) == "triton"
         few = (x[:, :, :2] for x in (q, k, v))
         assert hopper_forward.forward(*few, None, None, None, options) == "triton"
-        assert hopper_forward.forward(q, k, v, None, None, pieces, options) == "hopper"
-        assert hopper_forward.forward(q, k, v, gate, None, pieces, options) == "triton"
         moved = unaligned.view_as(q)
         assert hopper_forward.forward(moved, k, v, None, None, None, options) == "triton"
+
+
+@pytest.mark.parametrize(
+    "B, T, K, V, gated, sequences, takes",
+    [
+        (1, 4096, 128, 128, False, None, True),
+        (1, 4096, 128, 128, True, None, True),
+        (8, 512, 128, 96, True, None, True),
+        (9, 511, 128, 128, False, None, False),
+        (7, 512, 128, 128, False, None, False),
+        (2, 4096, 64, 64, False, None, True),
+        (2, 4095, 64, 64, False, None, False),
+        (2, 4095, 128, 64, False, None, False),
+        (2, 2048, 64, 64, True, None, True),
+        (3, 2047, 64, 128, True, None, False),
+        (1, 4096, 128, 128, False, 64, True),
+        (1, 4096, 128, 128, True, 16, True),
+        (1, 4096, 128, 128, True, 17, False),
+        (1, 4096, 64, 64, False, 64, True),
+        (1, 4096, 64, 64, True, 8, True),
+        (1, 4096, 64, 64, True, 9, False),
+    ],
+)
+def test_which_calls_it_takes(B, T, K, V, gated, sequences, takes):
+    q, v = torch.empty(B, T, 16, K, device="meta"), torch.empty(B, T, 2, V, device="meta")
+    bounds = None if sequences is None else torch.empty(sequences + 1, device="meta")
+    assert hopper_forward.pays(q, v, q if gated else None, bounds) == takes
 
 
 def reason(dtype=torch.bfloat16, K=128, V=128, capability=(9, 0), version="3.6.0", kind="cuda"):

@@ -178,9 +178,9 @@ def test_compiles(D, dtype, gate, sink, window, lengths, tmp_path):
     # what partitions are given is written where the last of its parts has been read by all warps
     shared = kernel.asm["ptx"].split("barrier.sync")[0].rpartition("ld.shared")[2]
     assert 0 < shared.find("bar.sync") < shared.find("st.shared")
-    # four elements of a sum at once; more of rows and columns
-    sums = 64 * D // (4 * 32)
-    assert sums <= code.count("REDG.E.ADD.F32x4") <= sums + (gate is not None)
+    # both halves of dq by copies that add, what else is summed by elements
+    assert code.count("UTMAREDG.4D.ADD") == 2
+    assert code.count("REDG.E.ADD") == (0 if gate is None else 2)
 
 
 def test_emulated():
@@ -212,23 +212,32 @@ def test_lengths_share_a_kernel():
     [
         ({}, Options(1.0), True),
         ({}, Options(-1.0, LONG), True),
-        ({}, Options(1.0, 512), True),
-        ({}, Options(1.0, 511), False),
-        ({"lengths": (1300, 0, 6892)}, Options(1.0, 1024), False),
+        ({}, Options(1.0, 128), True),
+        ({}, Options(1.0, 127), False),
+        ({"lengths": (1300, 0, 6892)}, Options(1.0), True),
+        ({"lengths": (1300, 0, 6892)}, Options(1.0, 128), True),
+        ({"lengths": 17 * (0,)}, Options(1.0), False),
         ({"B": 2, "T": 4097, "HQ": 8}, Options(1.0), True),
-        ({"gate": torch.float32}, Options(1.0, 1024), True),
-        ({"gate": torch.float32}, Options(1.0, 1023), False),
-        ({"lengths": (1300, 0, 6892)}, Options(1.0), False),
-        ({"lengths": (1300, 0, 6892), "gate": torch.float32}, Options(1.0), True),
+        ({"gate": torch.float32}, Options(1.0), True),
+        ({"gate": torch.float32}, Options(1.0, 512), True),
+        ({"gate": torch.float32}, Options(1.0, 511), False),
+        ({"lengths": 16 * (0,), "gate": torch.float32}, Options(1.0), True),
         ({"lengths": 17 * (0,), "gate": torch.float32}, Options(1.0), False),
-        ({"T": 4095, "H": 32}, Options(1.0), False),
-        ({"T": 4096}, Options(1.0), False),
+        ({"B": 8, "T": 512}, Options(1.0), True),
+        ({"B": 16, "T": 511}, Options(1.0), False),
+        ({"T": 4096}, Options(1.0), True),
+        ({"T": 3968}, Options(1.0), False),
         ({"D": 64}, Options(1.0), True),
+        ({"D": 64, "T": 4096, "H": 16}, Options(1.0), True),
+        ({"D": 64, "T": 4096, "H": 8}, Options(1.0), False),
+        ({"D": 64, "T": 4095, "H": 32}, Options(1.0), False),
         ({"D": 64}, Options(1.0, 1024), False),
+        ({"D": 64, "lengths": 8 * (0,)}, Options(1.0), True),
+        ({"D": 64, "lengths": 9 * (0,)}, Options(1.0), False),
         ({"D": 64, "gate": torch.float32}, Options(1.0, 1024), True),
+        ({"D": 64, "gate": torch.float32}, Options(1.0, 1023), False),
         ({"D": 96}, Options(1.0), False),
         ({"dtype": torch.float16}, Options(1.0), True),
-        ({"gate": torch.float32}, Options(1.0), True),
         ({"sink": torch.float32}, Options(1.0), True),
     ],
 )

@@ -7,6 +7,10 @@ import torch
 import triton
 import triton.language as tl
 from compiling import compiling, overtaken, under_way
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fla.ops.common.hopper import VECTOR, arrive, new_barriers, wait_for
 
 C = tl.constexpr(64)
 
@@ -40,6 +44,29 @@ def test_a_tile_that_is_overtaken(twice, summed):
             x, x, x[0].float(), torch.zeros(64), 8, TWICE=twice, SUMMED=summed, num_warps=4
         )
     assert bool(overtaken(compiled[0])) == summed
+
+
+@gluon.jit
+def barriers_kernel(out, UNUSED: gl.constexpr):
+    """Through a tile in shared memory, behind a barrier; another one nobody waits at."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    if UNUSED:
+        new_barriers(1, 1)
+    tile = gl.allocate_shared_memory(gl.float32, [64], VECTOR)
+    used = new_barriers(1, 1)
+    o = gl.arange(0, 64, LAYOUT)
+    tile.store(o.to(gl.float32))
+    arrive(used, 0)
+    wait_for(used, 0)
+    gl.store(out + o, tile.load(LAYOUT))
+
+
+def test_a_barrier_in_a_tile():
+    with compiling(90) as compiled:
+        barriers_kernel[(1,)](torch.zeros(64), UNUSED=False, num_warps=1)
+    assert len(compiled) == 1
+    with compiling(90), pytest.raises(AssertionError):
+        barriers_kernel[(1,)](torch.zeros(64), UNUSED=True, num_warps=1)
 
 
 def instructions(*each):

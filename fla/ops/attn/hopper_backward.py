@@ -40,6 +40,8 @@ from fla.ops.common.launch import launch
 
 # The heads that are taken, and for how many stages of q and do shared memory has room
 _STAGES = {64: 4, 128: 2}
+# The most elements of a tile's line
+_LINE = 256
 # Heads of a program that sums a gate's gradient: it writes them side by side.
 _HEADS = 16
 
@@ -191,18 +193,20 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
 def pays(v, g, cu_seqlens, window: int | None) -> bool:
     """Whether a call is faster here than in Triton, by the measurements in benchmarks/NOTES.md."""
     B, T, H, D = v.shape
-    if T < 4096 or cdiv(T, KEYS.value) * H * B < 512:  # too few blocks to share out
+    wide = D > 64
+    if T < (512 if wide else 4096) or cdiv(T, KEYS.value) * H * B < (256 if wide else 512):
+        return False  # too few blocks to share out
+    if cu_seqlens is not None and T < (512 if wide else 1024) * (cu_seqlens.shape[0] - 1):
         return False
     if g is None:
-        return cu_seqlens is None and (window is None or (window >= 512 and D > 64))
-    long = cu_seqlens is None or T >= 512 * (cu_seqlens.shape[0] - 1)
-    return long and (window is None or window >= 1024)
+        return window is None or (wide and window >= 128)
+    return window is None or window >= (512 if wide else 1024)
 
 
-def _lines(x: Tensor) -> TensorDescriptor:
-    """x [lines, 1, 1, size], of which one line at a time is copied."""
+def _pieces(x: Tensor) -> TensorDescriptor:
+    """x [pieces, 1, lines, size], of which one piece at a time is copied."""
     layout = gl.NVMMASharedLayout(0, 32, rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, 1, x.shape[-1]], layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, *x.shape[1:]], layout)
 
 
 def run_backward(call: Call, do, q, k, v, o, lse, g, gates, marks, sink, cu_seqlens):
@@ -216,7 +220,7 @@ def run_backward(call: Call, do, q, k, v, o, lse, g, gates, marks, sink, cu_seql
     size, part = (2 * block, 2 * block) if g is None else (8 * block, 4 * block)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     rows = lse.new_empty(numbered * size // part, 1, 1, part)
-    sums = lse.new_empty(numbered, block * D)
+    sums = lse.new_empty(2 * numbered, 1, block * D // (2 * _LINE), _LINE)
     turns = torch.empty(numbered, device=q.device, dtype=torch.int32)
     # the next ticket, and beside it, where there are gates, what counts queries
     counters = turns.new_zeros(4 if g is None else 4 + 2 * programs)
@@ -247,14 +251,15 @@ def run_backward(call: Call, do, q, k, v, o, lse, g, gates, marks, sink, cu_seql
     launch(
         hopper_backward_kernel,
         programs,
-        (dk, dv, sums, turns, counters, needed, latest, row_sums, column_sums, cu_seqlens),
+        (dk, dv, turns, counters, needed, latest, row_sums, column_sums, cu_seqlens),
         (
             *(descriptor(x, block, D) for x in (q, k, v)),
             descriptor(k, block, D // 2) if D == 64 else None,
             descriptor(do, block, D),
-            _lines(rows),
-            None if pairs is None else _lines(pairs),
+            _pieces(rows),
+            None if pairs is None else _pieces(pairs),
             *(descriptor(x, block, D) for x in (dk, dv)),
+            _pieces(sums),
             call.scale, scale, *numbers,
         ),
         {"H": H, "G": HQ // H, "STAGES": _STAGES[D], "num_warps": 4},

@@ -27,7 +27,7 @@ from fla.ops.common.launch import launch
 
 def forward(q, k, v, g, sink_bias, cu_seqlens, options):
     """Return o [B, T, HQ, V] and lse [B, HQ, T]."""
-    if not pays(q, g, cu_seqlens):
+    if not pays(q, v, g, cu_seqlens):
         return portable.forward(q, k, v, g, sink_bias, cu_seqlens, options)
     signed, scale = portable.rising(q, options.scale)
     tensors = dense(signed, k, v)
@@ -39,12 +39,16 @@ def forward(q, k, v, g, sink_bias, cu_seqlens, options):
     return run_forward(call, q, k, v, *gates(call, g, k, cu_seqlens), sink_bias, cu_seqlens)
 
 
-def pays(q, g, cu_seqlens) -> bool:
+def pays(q, v, g, cu_seqlens) -> bool:
     """Whether a call is faster here than in Triton, by the measurements in benchmarks/NOTES.md."""
-    B, T, HQ, _ = q.shape
-    if T < 4096 or cdiv(T, BLOCK.value) * HQ * B < 512:  # too few tiles to share out
+    B, T, HQ, K = q.shape
+    wide = min(K, v.shape[-1]) > 64
+    least = 512 if wide else 4096 if g is None else 2048
+    if T < least or cdiv(T, BLOCK.value) * HQ * B < 512:  # too few tiles to share out
         return False
-    return g is None or cu_seqlens is None or T >= 256 * (cu_seqlens.shape[0] - 1)
+    if g is None or cu_seqlens is None:
+        return True
+    return T >= (256 if wide else 512) * (cu_seqlens.shape[0] - 1)
 
 
 @triton.jit(do_not_specialize=["window", "N", "T", "intervals"])

@@ -44,7 +44,7 @@ from fla.ops.common.hopper import (
 # dk, dv, and the logits and their gradients of 64 keys fill a consumer's registers; what does not
 # fit goes to local memory, for which the first-level cache has little room left.  With heads of 128
 # k and v, two steps of q and do, and what goes to dq fill the shared memory.  Nor do consumers
-# touch global memory: they would wait there behind all that is added to dq.
+# touch global memory: a step has no room to wait for it.
 
 # Of dS a step is written while the one before it is read
 DS_STAGES = gl.constexpr(2)
@@ -74,7 +74,8 @@ def offer(i_w: gl.constexpr, m, b_dq, parts, offered, taken):
     wait_before(taken, 2 * m + i_w)
     b_dq = b_dq.reshape([4, 2, 8, W // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([ROWS * W])
     part = parts.index((2 * m + i_w) % parts.shape[0])
-    part.store(gl.convert_layout(b_dq, FLAT, assert_trivial=True))
+    part.reshape([ROWS * W]).store(gl.convert_layout(b_dq, FLAT, assert_trivial=True))
+    fence_async_shared()
     gl.thread_barrier()
     arrive(offered, 2 * m + i_w)
 
@@ -310,9 +311,9 @@ def consume(
 
 @gluon.jit(do_not_specialize=["window", "N", "T", "intervals"])
 def hopper_backward_kernel(
-    dk, dv, sums, turns, ticket, needed, latest, row_sums, column_sums, cu_seqlens,
+    dk, dv, turns, ticket, needed, latest, row_sums, column_sums, cu_seqlens,
     q_desc, k_desc, v_desc, columns_desc, do_desc, rows_desc, gates_desc, dk_desc, dv_desc,
-    scale, dk_scale, window, N, T, intervals, H: gl.constexpr, G: gl.constexpr,
+    sums_desc, scale, dk_scale, window, N, T, intervals, H: gl.constexpr, G: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of KEYS keys of a key head, summed over its G query heads, and their part of dq.
@@ -352,8 +353,7 @@ def hopper_backward_kernel(
     # with heads of 128 rows' sums leave room for three parts only
     PARTS: gl.constexpr = 4 if row_sums is None else 3
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [0])
-    SIZE: gl.constexpr = ROWS * k_desc.block_type.shape[3] // 2
-    parts = gl.allocate_shared_memory(gl.float32, [PARTS, SIZE], FLAT)
+    parts = new_tiles(sums_desc, PARTS)
     row_parts: gl.constexpr = None
     column_parts: gl.constexpr = None
     if row_sums is not None:
@@ -404,7 +404,7 @@ def hopper_backward_kernel(
                 add,
                 (
                     come, added, parts, offered, taken, row_parts, column_parts, row_sums,
-                    column_sums, sums, needed, window, steps,
+                    column_sums, sums_desc, needed, window, steps,
                 ),
             ),
         ],

@@ -10,7 +10,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.core import _aggregate as aggregate
 
 from fla.ops.attn.blocks import SPAN, first_interval_seen, place_of
-from fla.ops.common.hopper import along, arrive, clear, wait_before, wait_for
+from fla.ops.common.hopper import (
+    along,
+    arrive,
+    begin_to_add,
+    clear,
+    wait_before,
+    wait_for,
+    wait_until_written,
+)
 from fla.ops.common.kernels import SEARCH, first_slot, sequence, sequence_at
 
 # A step is 64 queries of a head that meet 128 keys, an interval of gates.
@@ -19,8 +27,6 @@ KEYS = SPAN
 # Steps whose rows' and columns' sums are kept: when a fifth comes, the parts of the first have been
 # taken.
 SUMS = gl.constexpr(4)
-# Elements of dq that a warp moves at once
-LINE = gl.constexpr(512)
 
 
 @aggregate
@@ -283,18 +289,14 @@ def pass_turns(added, told, turns, needed, window, steps):
 
 @gluon.jit
 def add(
-    come, added, parts, offered, taken, row_parts, column_parts, row_sums, column_sums, sums,
+    come, added, parts, offered, taken, row_parts, column_parts, row_sums, column_sums, sums_desc,
     needed, window, steps,
 ):  # fmt: skip
     """Add to the sums what both consumers offer of a step, when its turn has come."""
-    SIZE: gl.constexpr = parts.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    o_x = gl.arange(0, LINE, LAYOUT)
     m = steps.j * 0
     n, first = steps.next(m, needed, window)
     while n < steps.count():
         block = steps.block(n)
-        p = sums + block.to(gl.int64) * (2 * SIZE)
         p_row = block.to(gl.int64) * ROWS
         p_column = (steps.interval(n) + steps.j).to(gl.int64) * KEYS
         opens = first == steps.j
@@ -303,23 +305,25 @@ def add(
         for i_w in gl.static_range(2):
             wait_for(offered, 2 * m + i_w)
             tile = parts.index((2 * m + i_w) % parts.shape[0])
+            place = [2 * block + i_w, 0, 0, 0]
             if opens:
-                for at in gl.static_range(0, SIZE, LINE):
-                    gl.store(p + (i_w * SIZE + at) + o_x, tile.slice(at, LINE).load(LAYOUT))
+                tma.async_copy_shared_to_global(sums_desc, place, tile)
             else:
-                for at in gl.static_range(0, SIZE, LINE):
-                    b_x = tile.slice(at, LINE).load(LAYOUT)
-                    gl.atomic_add(p + (i_w * SIZE + at) + o_x, b_x, sem="relaxed", scope="gpu")
+                begin_to_add(sums_desc, place, tile)
             if row_parts is not None and i_w == 1:
                 TALL: gl.constexpr = gl.BlockedLayout([8, 2], [1, 32], [1, 1], [1, 0])
                 b_row = gl.sum(row_parts.index(m % SUMS).load(TALL), 0)
                 o_r = gl.arange(0, ROWS, gl.SliceLayout(0, TALL))
                 gl.atomic_add(row_sums + p_row + o_r, b_row, sem="relaxed", scope="gpu")
             if column_parts is not None and i_w == 1:
+                LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
                 b_column = column_parts.index(m % SUMS).load(LAYOUT)
                 o_c = gl.arange(0, KEYS, LAYOUT)
                 gl.atomic_add(column_sums + p_column + o_c, b_column, sem="relaxed", scope="gpu")
+        for i_w in gl.static_range(2):
+            tma.store_wait(1 - i_w)
             gl.thread_barrier()
             arrive(taken, 2 * m + i_w)
+        wait_until_written()
         arrive(added, m)
         m += 1

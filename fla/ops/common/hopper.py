@@ -10,8 +10,10 @@ import functools
 from typing import Any
 
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
@@ -52,6 +54,32 @@ def vectors(x: Tensor, size: int) -> TensorDescriptor:
     """All of x as one vector, in pieces of ``size``."""
     layout: Any = gl.NVMMASharedLayout(0, 8 * x.element_size(), rank=1)
     return TensorDescriptor(x.view(-1), [x.numel()], [1], [size], layout)
+
+
+@builtin
+def begin_to_add(desc, place, tile, _semantic=None):
+    """Begin to add a tile of shared memory to what stands at ``place``, as a store is begun."""
+    place = _semantic._convert_to_ir_values(place, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, desc.handle, place, tile.handle)
+
+
+@gluon.jit
+def wait_until_written():
+    """Until all that this warp has begun to store, or to add, is there for others to see.
+
+    ``store_wait`` is over when it has been read.
+    """
+    WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.b32 $0, $1;",
+        "=r,r",
+        [gl.arange(0, 32, WARP)],
+        gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    gl.thread_barrier()
 
 
 @gluon.constexpr_function
