@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
         if not options.rows:
             options.out.mkdir(parents=True, exist_ok=True)
             record = json.dumps({**gpu.machine(), "kernels": found}, indent=1)
-            (options.out / f"{engine}_counters.json").write_text(record + "\n")
+            (options.out / f"{module.SUITE.name}_counters.json").write_text(record + "\n")
         print(*_table(found), sep="\n", flush=True)
     return 0
 
@@ -85,7 +85,9 @@ def run(module: Any, rows: str) -> None:
     launched: list[str] = []
     knobs.runtime.launch_enter_hook.add(lambda what: launched.append(what.get()["name"]))
     for row in module.SUITE.rows:
-        if rows in row.name:
+        if rows not in row.name:
+            continue
+        with module.SUITE.around(row):
             for name, each in _passes(module.fla(row), row):
                 each()
                 launched.clear()

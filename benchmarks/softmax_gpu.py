@@ -175,7 +175,7 @@ def measure(row: Row, library: str) -> Found:
     do = inputs.pop("do")
     frozen = library == "flex" and row.gate is not None  # as constants its gates have no gradients
     cotangent = do if row.differentiable and not frozen else None
-    with _context(row, library):
+    with around(row) if library in ("ours", "triton") else contextlib.nullcontext():
         results = suite.results(call, inputs, cotangent)
         few = {name: _few_heads(row, x) for name, x in results.items()}
         exact = in_fp64(row, {name: _few_heads(row, x) for name, x in {**inputs, "do": do}.items()})
@@ -189,8 +189,9 @@ def measure(row: Row, library: str) -> Found:
         return found | suite.times(call, inputs, cotangent)
 
 
-def _context(row: Row, library: str) -> contextlib.AbstractContextManager[None]:
-    if library not in ("ours", "triton") or not row.everything:
+def around(row: Row) -> contextlib.AbstractContextManager[None]:
+    """In what this package's calls are to run."""
+    if not row.everything:
         return contextlib.nullcontext()
     from fla.ops.attn.blocks import nothing_left_out
 
@@ -306,4 +307,5 @@ SUITE = Suite(
     host,
     first_call,
     remarks,
+    around=around,
 )

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -48,7 +49,8 @@ class Suite:
     it is, ``triton`` the same without its kernels for Hopper.  ``host`` runs in ``ours``
     and ``fla-core``; ``first_call`` in ``ours``, where no kernel is compiled yet.  ``remarks`` says
     in words what the rows, each with the findings of all libraries, show together.  ``settle``
-    gives rows what they are to reach where that follows from what was found in ``ours``.
+    gives rows what they are to reach where that follows from what was found in ``ours``.  In what
+    ``around`` gives run this package's calls of a row.
     """
 
     name: str  # of the file in results
@@ -58,6 +60,7 @@ class Suite:
     first_call: Callable[[], Found] | None = None
     remarks: Callable[[list[Found]], Iterator[str]] = lambda rows: iter(())
     settle: Callable[[list[Any], dict[str, Found]], list[Any]] = lambda rows, found: rows
+    around: Callable[[Any], AbstractContextManager[None]] = lambda row: nullcontext()
 
 
 def in_triton(measure: Callable[[Any], Found]) -> Callable[[Any], Found]:

@@ -362,7 +362,7 @@ def test_what_is_counted_belongs_to_a_pass(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(gpu, "machine", dict)
     assert counters.main(["--only", "linear", "--out", str(tmp_path)]) == 0
-    written = json.loads((tmp_path / "linear_counters.json").read_text())["kernels"]
+    written = json.loads((tmp_path / "linear_gpu_counters.json").read_text())["kernels"]
     assert [each["pass"] for each in written] == ["forward", "backward"]
     assert [each["µs"] for each in written] == [1.5, 2000.0005]
     for each in written:
