@@ -58,7 +58,12 @@ def main(argv: list[str]) -> int:
         engine: importlib.import_module(gpu.SUITES[engine])
         for engine in ([options.only] if options.only else gpu.SUITES)
     }
-    if not any(options.rows in row.name for each in modules.values() for row in each.SUITE.rows):
+    modules = {
+        engine: module
+        for engine, module in modules.items()
+        if any(options.rows in row.name for row in module.SUITE.rows)
+    }
+    if not modules:
         parser.error(f"--rows: no row contains {options.rows!r}")
     if not options.run and shutil.which("ncu") is None:
         parser.error("ncu, of Nsight Compute, is not on the path")
@@ -123,7 +128,7 @@ def _counted(engine: str, rows: str) -> list[Found]:
     table = csv.DictReader(line for line in said.splitlines() if line.startswith('"'))
     next(table, None)  # units
     counted = iter(table)
-    found = []
+    found: list[Found] = []
     for line in done.stdout.splitlines():
         if line.startswith("["):
             row, name, launched = json.loads(line)
@@ -132,12 +137,17 @@ def _counted(engine: str, rows: str) -> list[Found]:
                 if counts is None:
                     raise RuntimeError(f"ncu has not counted {kernel}: {said[-1000:]}")
                 found.append({"row": row, "pass": name, "kernel": kernel, **_read(counts)})
+    ours = {each["kernel"] for each in found}
+    if more := [each["Kernel Name"] for each in counted if each["Kernel Name"] in ours]:
+        raise RuntimeError(f"ncu has counted more than was launched: {', '.join(more)}")
     return found
 
 
 def _read(counts: dict[str, str]) -> Found:
     """µs, per cent, and warps that wait for the three reasons that most do."""
     numbers = {name: float(x.replace(",", "")) for name, x in counts.items() if _is_number(x)}
+    if missing := {_TIME, *_BUSY.values()} - numbers.keys():
+        raise RuntimeError(f"ncu has no number for {', '.join(sorted(missing))}")
     head, tail = _WAITING
     waiting = {
         name.removeprefix(head).removesuffix(tail): x
@@ -153,9 +163,9 @@ def _read(counts: dict[str, str]) -> Found:
     }
 
 
-def _is_number(x: str) -> bool:
+def _is_number(x: str | None) -> bool:
     try:
-        float(x.replace(",", ""))
+        float((x or "").replace(",", ""))
     except ValueError:
         return False
     return True

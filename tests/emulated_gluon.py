@@ -4,12 +4,13 @@ Partitions are threads.  What is asynchronous happens as late as it may: a produ
 when it is waited for, a store its tile when the next is to be laid there, and a copy arrives some
 time after it began, in any order.  So a tile that is left too early, read too early or never
 released shows, as a wrong number, NaN or a barrier that nobody passes; an address outside of its
-tensor is an IndexError.  Loads arrive at once, which on a GPU they do not.  Layouts mean nothing
-here; compiling checks them.
+tensor is an IndexError.  What products and copies read has to be fenced by those who stored it.
+Loads arrive at once, which on a GPU they do not.  Layouts mean nothing here; compiling checks them.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib
 import inspect
@@ -32,6 +33,25 @@ PATIENCE = 20.0  # seconds at one barrier
 _changed = threading.Condition()
 _program = types.SimpleNamespace(id=0, count=1, copies=[], failure=None)
 _own = threading.local()  # a partition's products and stores that are under way
+# Where each thread has stored since its last fence: first and last byte
+_unfenced: dict[int, set[tuple[int, int]]] = collections.defaultdict(set)
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + last * x.itemsize
+
+
+def fence() -> None:
+    _unfenced[threading.get_ident()].clear()
+
+
+def _read_asynchronously(tile: Any) -> None:
+    if not isinstance(tile, Shared):
+        return
+    first, last = _extent(tile.x)
+    for places in list(_unfenced.values()):
+        assert not any(a <= last and first <= b for a, b in list(places)), "stored without a fence"
 
 
 class Shared:
@@ -71,6 +91,7 @@ class Shared:
     def store(self, value: Value) -> None:
         assert value.dtype == self.dtype and value.shape == self.shape
         self.x.copy_(value.x)
+        _unfenced[threading.get_ident()].add(_extent(self.x))
 
 
 class Rows(Shared):
@@ -159,13 +180,16 @@ def copy_in(desc: TensorDescriptor, place: list[Any], barrier: Barrier, tile: Sh
 
 
 def copy_out(desc: TensorDescriptor, place: list[Any], tile: Shared) -> None:
+    _read_asynchronously(tile)
     tensor, inside = desc.part(place)
     _own.stores.append(lambda: desc.base.__setitem__(tensor, tile.x[inside]))
 
 
 def add_out(desc: TensorDescriptor, place: list[Any], tile: Shared) -> None:
+    _read_asynchronously(tile)
     tensor, inside = desc.part(place)
     _own.stores.append(lambda: desc.base[tensor].add_(tile.x[inside]))
+    _own.adds = True
 
 
 def store_wait(pendings: int = 0) -> None:
@@ -176,6 +200,7 @@ def store_wait(pendings: int = 0) -> None:
 def assembly(text: str, *_: Any, **__: Any) -> None:
     assert text.startswith("cp.async.bulk.wait_group 0;"), f"{text} has no stand-in"
     store_wait()
+    _own.adds = False
 
 
 def copy_elements(tile: Shared, p: Pointer, mask: Any = True) -> None:
@@ -222,6 +247,8 @@ class Product:
 
 
 def warpgroup_mma(a, b, acc, use_acc: bool = True, is_async: bool = False) -> Any:
+    _read_asynchronously(a)
+    _read_asynchronously(b)
     product = Product(a, b, acc if use_acc else Value(0.0))
     _own.products.append(product)
     return product if is_async else warpgroup_mma_wait(0, (product,))
@@ -265,9 +292,10 @@ def _guarded(function: Callable, arguments: tuple[Any, ...]) -> None:
 @contextlib.contextmanager
 def _waited_for() -> Iterator[None]:
     """Inside, products, stores and copies of this thread begin, and all of them end."""
-    _own.products, _own.stores, _own.copies, _own.groups = [], [], [], []
+    _own.products, _own.stores, _own.copies, _own.groups, _own.adds = [], [], [], [], False
+    fence()
     yield
-    left = _own.products or _own.stores or _own.copies or _own.groups
+    left = _own.products or _own.stores or _own.copies or _own.groups or _own.adds
     assert not left, "something is never waited for"
 
 
@@ -432,7 +460,7 @@ def _modules() -> dict[str, Any]:
         mma_v2=mma_v2,
     )
     hopper = types.SimpleNamespace(
-        fence_async_shared=lambda: None,
+        fence_async_shared=fence,
         mbarrier=barriers,
         tma=copies,
         warpgroup_mma=warpgroup_mma,

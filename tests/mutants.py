@@ -33,6 +33,9 @@ class Mutant:
 
 
 SEQUENCES = "fla/ops/common/sequences.py"
+HOPPER_KEYS = "fla/ops/attn/hopper_keys.py"
+HOPPER_STEPS = "fla/ops/attn/hopper_steps.py"
+BACKWARD_TESTS = ("test_attn_hopper_backward.py",)
 LINEAR = "fla/ops/simple_gla/eager.py"
 SOFTMAX = "fla/ops/attn/eager.py"
 DELTA = "fla/ops/kda/eager.py"
@@ -253,6 +256,20 @@ MUTANTS = [
         "(x.shape, x.dtype, x.device, _TENSOR)",
         "(x.shape, x.device, _TENSOR)",
         ("test_once.py",),
+    ),
+    Mutant(
+        "a part of dq copied before it is fenced",
+        HOPPER_KEYS,
+        "FLAT, assert_trivial=True))\n    fence_async_shared()",
+        "FLAT, assert_trivial=True))",
+        BACKWARD_TESTS,
+    ),
+    Mutant(
+        "turns passed on before dq is there",
+        HOPPER_STEPS,
+        "        wait_until_written()\n",
+        "",
+        BACKWARD_TESTS,
     ),
 ]
 

@@ -373,3 +373,12 @@ def test_what_is_counted_belongs_to_a_pass(monkeypatch, tmp_path, capsys):
     ncu.write_text(ncu.read_text().replace('"walk_kernel"]', '"another_kernel"]'))
     with pytest.raises(RuntimeError, match="has not counted another_kernel"):
         counters.main(["--only", "linear"])
+    ncu.write_text(NCU % (names, units, others, first, second + f'\n"3","walk_kernel",{second}'))
+    with pytest.raises(RuntimeError, match="more than was launched: walk_kernel"):
+        counters.main(["--only", "linear"])
+    ncu.write_text(NCU % (names, units, others, "n/a", second))
+    with pytest.raises(RuntimeError, match=f"no number for .*{counters._TIME}"):
+        counters.main(["--only", "linear"])
+    ncu.write_text("#!/bin/sh\nexit 1")
+    with pytest.raises(RuntimeError, match="ncu failed"):
+        counters.main(["--rows", "attn_decoding"])

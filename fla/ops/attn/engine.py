@@ -53,7 +53,7 @@ IMPLEMENTATIONS = (
     Implementation("triton", "fla.ops.attn.triton", lambda at: lacks_triton(at.device, at.dtype)),
     Implementation("eager", "fla.ops.attn.eager"),
 )
-# Long calls; the rest it hands on
+# Calls of many blocks; the rest it hands on
 _HOPPER = Implementation("hopper", "fla.ops.attn.hopper", _lacks_hopper)
 ENGINE = Engine("softmax", _HOPPER, *IMPLEMENTATIONS)
 DECODING = Engine("decoding", *IMPLEMENTATIONS)

@@ -7,6 +7,9 @@ blocks without need.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -40,8 +43,24 @@ from fla.ops.common.launch import launch
 
 # The heads that are taken, and for how many stages of q and do shared memory has room
 _STAGES = {64: 4, 128: 2}
-# The most elements of a tile's line
+# A copy takes up to 256 elements of each dimension
 _LINE = 256
+
+
+class _Least(NamedTuple):
+    """What a call has at least, to be faster here than in Triton.
+
+    Tokens, blocks of keys, tokens of a packed sequence on average, and windows.
+    """
+
+    tokens: int
+    blocks: int
+    packed: int
+    window: float
+    gated_window: int
+
+
+_LEAST = {64: _Least(4096, 512, 1024, math.inf, 1024), 128: _Least(512, 256, 512, 128, 512)}
 # Heads of a program that sums a gate's gradient: it writes them side by side.
 _HEADS = 16
 
@@ -191,16 +210,14 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
 
 
 def pays(v, g, cu_seqlens, window: int | None) -> bool:
-    """Whether a call is faster here than in Triton, by the measurements in benchmarks/NOTES.md."""
+    """Whether calls like it are faster here than in Triton: benchmarks/NOTES.md has the times."""
     B, T, H, D = v.shape
-    wide = D > 64
-    if T < (512 if wide else 4096) or cdiv(T, KEYS.value) * H * B < (256 if wide else 512):
-        return False  # too few blocks to share out
-    if cu_seqlens is not None and T < (512 if wide else 1024) * (cu_seqlens.shape[0] - 1):
+    least = _LEAST[D]
+    if T < least.tokens or cdiv(T, KEYS.value) * H * B < least.blocks:
         return False
-    if g is None:
-        return window is None or (wide and window >= 128)
-    return window is None or window >= (512 if wide else 1024)
+    if cu_seqlens is not None and T < least.packed * (cu_seqlens.shape[0] - 1):
+        return False
+    return window is None or window >= (least.window if g is None else least.gated_window)
 
 
 def _pieces(x: Tensor) -> TensorDescriptor:

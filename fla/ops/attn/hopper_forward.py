@@ -40,7 +40,7 @@ def forward(q, k, v, g, sink_bias, cu_seqlens, options):
 
 
 def pays(q, v, g, cu_seqlens) -> bool:
-    """Whether a call is faster here than in Triton, by the measurements in benchmarks/NOTES.md."""
+    """Whether calls like it are faster here than in Triton: benchmarks/NOTES.md has the times."""
     B, T, HQ, K = q.shape
     wide = min(K, v.shape[-1]) > 64
     least = 512 if wide else 4096 if g is None else 2048

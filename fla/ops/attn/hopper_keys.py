@@ -352,7 +352,6 @@ def hopper_backward_kernel(
     told = new_barriers(TURNS, 1)
     # with heads of 128 rows' sums leave room for three parts only
     PARTS: gl.constexpr = 4 if row_sums is None else 3
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [0])
     parts = new_tiles(sums_desc, PARTS)
     row_parts: gl.constexpr = None
     column_parts: gl.constexpr = None
@@ -360,6 +359,7 @@ def hopper_backward_kernel(
         PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         row_parts = gl.allocate_shared_memory(gl.float32, [SUMS, 8, ROWS], PLAIN)
     if column_sums is not None:
+        FLAT: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [0])
         column_parts = gl.allocate_shared_memory(gl.float32, [SUMS, KEYS], FLAT)
     offered = new_barriers(PARTS, 1)
     taken = new_barriers(PARTS, 1)
