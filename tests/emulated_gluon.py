@@ -10,11 +10,9 @@ Loads arrive at once, which on a GPU they do not.  Layouts mean nothing here; co
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import importlib
 import inspect
-import math
 import random
 import sys
 import threading
@@ -24,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from emulated_shared import Shared, fence, new, read_asynchronously, unfenced
 from emulated_values import Pointer, Value, atomic_add, atomic_xchg, load, raw, store
 from torch import Tensor
 
@@ -33,79 +32,6 @@ PATIENCE = 20.0  # seconds at one barrier
 _changed = threading.Condition()
 _program = types.SimpleNamespace(id=0, count=1, copies=[], failure=None)
 _own = threading.local()  # a partition's products and stores that are under way
-# Where each thread has stored since its last fence: first and last byte
-_unfenced: dict[int, set[tuple[int, int]]] = collections.defaultdict(set)
-
-
-def _extent(x: Tensor) -> tuple[int, int]:
-    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + last * x.itemsize
-
-
-def fence() -> None:
-    _unfenced[threading.get_ident()].clear()
-
-
-def _read_asynchronously(tile: Any) -> None:
-    if not isinstance(tile, Shared):
-        return
-    first, last = _extent(tile.x)
-    for places in list(_unfenced.values()):
-        assert not any(a <= last and first <= b for a, b in list(places)), "stored without a fence"
-
-
-class Shared:
-    """Shared memory, at first NaN."""
-
-    def __init__(self, x: Tensor):
-        self.x = x
-
-    dtype = property(lambda self: self.x.dtype)
-    shape = property(lambda self: list(self.x.shape))
-
-    def index(self, i: Any) -> Shared:
-        return Shared(self.x[int(i)])
-
-    def slice(self, start: Any, length: Any, dim: int = 0) -> Shared:
-        return Shared(self.x.narrow(dim, int(start), int(length)))
-
-    def reshape(self, shape: list[int]) -> Shared:
-        return Shared(self.x.view([int(size) for size in shape]))
-
-    def permute(self, order: tuple[int, ...]) -> Shared:
-        return Shared(self.x.permute(order))
-
-    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
-        shape = [int(size) for size in shape]
-        if self.x.dim() == 5:
-            return Rows(self.x, shape)
-        if math.prod(shape) * dtype.itemsize < self.x.nbytes:
-            # fp32 stands in for bf16, and what would share its memory has a place of its own: that
-            # one overwrites the other too early is not seen here
-            return allocate_shared_memory(dtype, shape, layout)
-        return Shared(self.x.view(dtype).view(shape))
-
-    def load(self, layout: Any = None) -> Value:
-        return Value(self.x.clone())
-
-    def store(self, value: Value) -> None:
-        assert value.dtype == self.dtype and value.shape == self.shape
-        self.x.copy_(value.x)
-        _unfenced[threading.get_ident()].add(_extent(self.x))
-
-
-class Rows(Shared):
-    """Tiles [stages, 1, rows, 1, columns] as shared memory has them, 64 columns before the next."""
-
-    def __init__(self, x: Tensor, shape: list[int]):
-        assert math.prod(shape) == x.numel() and shape[1] == min(x.shape[-1], 64)
-        blocks = x.unflatten(4, (-1, shape[1]))
-        super().__init__(blocks.permute(0, 4, 2, 1, 3, 5)[:, :, :, 0, 0])
-
-    def index(self, i: Any) -> Shared:
-        i, row = divmod(int(i), self.x.shape[2])
-        stage, block = divmod(i, self.x.shape[1])
-        return Shared(self.x[stage, block, row])
 
 
 class Barrier:
@@ -180,13 +106,13 @@ def copy_in(desc: TensorDescriptor, place: list[Any], barrier: Barrier, tile: Sh
 
 
 def copy_out(desc: TensorDescriptor, place: list[Any], tile: Shared) -> None:
-    _read_asynchronously(tile)
+    read_asynchronously(tile)
     tensor, inside = desc.part(place)
     _own.stores.append(lambda: desc.base.__setitem__(tensor, tile.x[inside]))
 
 
 def add_out(desc: TensorDescriptor, place: list[Any], tile: Shared) -> None:
-    _read_asynchronously(tile)
+    read_asynchronously(tile)
     tensor, inside = desc.part(place)
     _own.stores.append(lambda: desc.base[tensor].add_(tile.x[inside]))
     _own.adds = True
@@ -247,8 +173,8 @@ class Product:
 
 
 def warpgroup_mma(a, b, acc, use_acc: bool = True, is_async: bool = False) -> Any:
-    _read_asynchronously(a)
-    _read_asynchronously(b)
+    read_asynchronously(a)
+    read_asynchronously(b)
     product = Product(a, b, acc if use_acc else Value(0.0))
     _own.products.append(product)
     return product if is_async else warpgroup_mma_wait(0, (product,))
@@ -293,7 +219,6 @@ def _guarded(function: Callable, arguments: tuple[Any, ...]) -> None:
 def _waited_for() -> Iterator[None]:
     """Inside, products, stores and copies of this thread begin, and all of them end."""
     _own.products, _own.stores, _own.copies, _own.groups, _own.adds = [], [], [], [], False
-    fence()
     yield
     left = _own.products or _own.stores or _own.copies or _own.groups or _own.adds
     assert not left, "something is never waited for"
@@ -324,6 +249,7 @@ class Kernel:
             _program.count = grid[0]
             for _program.id in range(grid[0]):
                 _program.copies, _program.failure = [], None
+                unfenced.clear()
                 with _waited_for():
                     self.fn(**{name: self._argument(name, x) for name, x in values.items()})
 
@@ -370,8 +296,7 @@ def where(m: Any, a: Any, b: Any) -> Value:
 def allocate_shared_memory(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
     if layout == "barriers":
         return Barriers(shape)
-    unset = torch.nan if dtype.is_floating_point else 1 << 20
-    return Shared(torch.full([int(size) for size in shape], unset, dtype=dtype))
+    return new(dtype, shape)
 
 
 _LAYOUTS = (
