@@ -8,9 +8,7 @@ findings stand in ``benchmarks/results``.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import importlib
 import json
 import shutil
 import subprocess
@@ -42,29 +40,10 @@ _WORKING = "selected"
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks counters",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--only", choices=gpu.SUITES, help="one engine; all by default")
-    parser.add_argument("--rows", default="", metavar="NAME", help="only rows that contain NAME")
-    parser.add_argument(
-        "--out", type=Path, default=gpu.RESULTS, metavar="DIRECTORY", help="of the JSON"
-    )
+    parser = gpu.parser_for("counters", __doc__)
     parser.add_argument("--run", action="store_true", help="run the rows, which ncu looks at")
     options = parser.parse_args(argv)
-    modules = {
-        engine: importlib.import_module(gpu.SUITES[engine])
-        for engine in ([options.only] if options.only else gpu.SUITES)
-    }
-    modules = {
-        engine: module
-        for engine, module in modules.items()
-        if any(options.rows in row.name for row in module.SUITE.rows)
-    }
-    if not modules:
-        parser.error(f"--rows: no row contains {options.rows!r}")
+    modules = gpu.meant(parser, options)
     if not options.run and shutil.which("ncu") is None:
         parser.error("ncu, of Nsight Compute, is not on the path")
     for engine, module in modules.items():
@@ -72,10 +51,7 @@ def main(argv: list[str]) -> int:
             run(module, options.rows)
             continue
         found = _counted(engine, options.rows)
-        if not options.rows:
-            options.out.mkdir(parents=True, exist_ok=True)
-            record = json.dumps({**gpu.machine(), "kernels": found}, indent=1)
-            (options.out / f"{module.SUITE.name}_counters.json").write_text(record + "\n")
+        gpu.write(options, f"{module.SUITE.name}_counters", {"kernels": found})
         print(*_table(found), sep="\n", flush=True)
     return 0
 
@@ -145,7 +121,8 @@ def _counted(engine: str, rows: str) -> list[Found]:
 
 def _read(counts: dict[str, str]) -> Found:
     """µs, per cent, and warps that wait for the three reasons that most do."""
-    numbers = {name: float(x.replace(",", "")) for name, x in counts.items() if _is_number(x)}
+    read = {name: _number(text) for name, text in counts.items()}
+    numbers = {name: x for name, x in read.items() if x is not None}
     if missing := {_TIME, *_BUSY.values()} - numbers.keys():
         raise RuntimeError(f"ncu has no number for {', '.join(sorted(missing))}")
     head, tail = _WAITING
@@ -163,12 +140,11 @@ def _read(counts: dict[str, str]) -> Found:
     }
 
 
-def _is_number(x: str | None) -> bool:
+def _number(text: str | None) -> float | None:
     try:
-        float((x or "").replace(",", ""))
+        return float((text or "").replace(",", ""))
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _table(found: list[Found]) -> Iterator[str]:

@@ -44,18 +44,46 @@ RESULTS = ROOT / "benchmarks" / "results"
 PEER = "fla-core"
 
 
-def main(argv: list[str]) -> int:
+def parser_for(what: str, description: str | None) -> argparse.ArgumentParser:
+    """For ``python -m benchmarks WHAT``, with the engines and rows that it is asked for."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu",
-        description=__doc__,
+        prog=f"python -m benchmarks {what}",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", choices=SUITES, help="one engine; all by default")
     parser.add_argument("--rows", default="", metavar="NAME", help="only rows that contain NAME")
-    parser.add_argument("--peer", type=Path, metavar="DIRECTORY", help="where fla-core lies")
     parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="DIRECTORY", help="of the JSON"
     )
+    return parser
+
+
+def meant(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
+    """The modules of the engines that have a row that is asked for."""
+    engines = [options.only] if options.only else list(SUITES)
+    modules = {engine: importlib.import_module(SUITES[engine]) for engine in engines}
+    found = {
+        engine: module
+        for engine, module in modules.items()
+        if any(options.rows in row.name for row in module.SUITE.rows)
+    }
+    if not found:
+        parser.error(f"--rows: no row contains {options.rows!r}")
+    return found
+
+
+def write(options: argparse.Namespace, name: str, found: Found) -> None:
+    """Keep what was found, with where and when, if all rows were asked for."""
+    if not options.rows:
+        options.out.mkdir(parents=True, exist_ok=True)
+        record = json.dumps({**_machine(), **found}, indent=1)
+        (options.out / f"{name}.json").write_text(record + "\n")
+
+
+def main(argv: list[str]) -> int:
+    parser = parser_for("gpu", __doc__)
+    parser.add_argument("--peer", type=Path, metavar="DIRECTORY", help="where fla-core lies")
     parser.add_argument(
         "--patience",
         type=float,
@@ -69,20 +97,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--claims", type=Path, help="rows named there are another process's")
     options = parser.parse_args(argv)
     passed = True
-    engines = [options.only] if options.only else list(SUITES)
-    suites = {engine: importlib.import_module(SUITES[engine]).SUITE for engine in engines}
-    meant = {
-        engine: suite
-        for engine, suite in suites.items()
-        if any(options.rows in row.name for row in suite.rows)
-    }
-    if not meant:
-        parser.error(f"--rows: no row contains {options.rows!r}")
-    for engine, suite in meant.items():
+    for engine, module in meant(parser, options).items():
         if options.library:
-            work(suite, options)
+            work(module.SUITE, options)
         else:
-            passed &= _run(engine, suite, options)
+            passed &= _run(engine, module.SUITE, options)
     return 0 if passed else 1
 
 
@@ -201,10 +220,7 @@ def _run(engine: str, suite: Suite, options: argparse.Namespace) -> bool:
         what: {name: each[what] for name, each in found.items() if each.get(what)}
         for what in ("host, ms", "first call, s")
     }
-    if not options.rows:
-        options.out.mkdir(parents=True, exist_ok=True)
-        record = {**machine(), **costs, "rows": measured}
-        (options.out / f"{suite.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write(options, suite.name, {**costs, "rows": measured})
     for name, each in found.items():
         for row in rows:
             if "problem" in (answer := each.get(row.name, {"problem": "no answer"})):
@@ -295,7 +311,7 @@ def _apart(
     return found
 
 
-def machine() -> dict[str, str]:
+def _machine() -> dict[str, str]:
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "device": torch.cuda.get_device_name(),

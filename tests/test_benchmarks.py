@@ -360,7 +360,7 @@ def test_what_is_counted_belongs_to_a_pass(monkeypatch, tmp_path, capsys):
     ncu.write_text(NCU % (names, units, others, first, second))
     ncu.chmod(0o700)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(gpu, "machine", dict)
+    monkeypatch.setattr(gpu, "_machine", dict)
     assert counters.main(["--only", "linear", "--out", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "linear_gpu_counters.json").read_text())["kernels"]
     assert [each["pass"] for each in written] == ["forward", "backward"]
