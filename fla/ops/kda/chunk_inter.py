@@ -317,7 +317,7 @@ def scans_kernel(
 def join_kernel(
     summaries, cu_seqlens, state, segment, T, rows, HV, K, V, state_strides,
     BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr, BLOCK: tl.constexpr,
-    REVERSE: tl.constexpr,
+    STAGES: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The state that every segment starts from, for BV value channels of one sequence and head.
 
@@ -333,19 +333,22 @@ def join_kernel(
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     o_block = tl.arange(0, BLOCK)
+    parts: tl.constexpr = BK // BLOCK
+    o_part = tl.arange(0, parts)[None, :, None]
     b_s = enter(state, i_n, i_hv, state_strides, o_v, o_k, V, K, VP, False)  # [BV, BK]
+    b_next = b_s
     segments = tl.maximum(tl.cdiv(length, segment), 1)  # an empty sequence passes its state on
-    for i in range(segments):
+    # one loop, so that maps are loaded ahead, those of the next segment too
+    for n in tl.range(0, segments * parts, num_stages=STAGES):
+        i, part = n // parts, n % parts
         i_s = slot + (segments - 1 - i if REVERSE else i)
         p_s = summaries + (i_s.to(tl.int64) * HV + i_hv) * ((VP + BK) * BK)
         p_tile = p_s + o_v[:, None] * BK + o_k[None, :]
-        b_next = tl.load(p_tile)
-        tl.debug_barrier()
-        tl.store(p_tile, b_s)
-        tl.debug_barrier()  # below, the state is read by other threads than wrote it
-        for block in range(BK // BLOCK):
-            o_b = block * BLOCK + o_block
-            b_part = tl.load(p_s + o_v[:, None] * BK + o_b[None, :])  # [BV, BLOCK]
-            b_m = tl.load(p_s + (VP + o_b)[:, None] * BK + o_k[None, :])  # [BLOCK, BK]
-            b_next = tl.dot(b_part, b_m, b_next, input_precision="tf32x3")
-        b_s = b_next
+        b_a = tl.load(p_tile, mask=part == 0, other=0.0)
+        b_m = tl.load(p_s + (VP + part * BLOCK + o_block)[:, None] * BK + o_k[None, :])
+        # columns of the state that meet these rows of the map, [BV, BLOCK]
+        b_part = tl.where(o_part == part, b_s.reshape(BV, parts, BLOCK), 0.0)
+        b_next = tl.where(part == 0, b_a, b_next)
+        b_next = tl.dot(tl.sum(b_part, 1), b_m, b_next, input_precision="tf32x3")
+        tl.store(p_tile, b_s, mask=part == parts - 1)
+        b_s = tl.where(part == parts - 1, b_next, b_s)

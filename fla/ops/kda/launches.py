@@ -243,6 +243,7 @@ class Call:
         return summaries, (self.HV * rows * columns, rows * columns, columns, 1)
 
     def _join(self, summaries, VP, state, segment, reverse: bool) -> None:
+        wide = self.BK > 128
         launch(
             join_kernel,
             self.N * self.HV * (VP // 16),
@@ -250,7 +251,8 @@ class Call:
             (segment, self.T, self.rows),
             {
                 **self._sizes(), "state_strides": self.strides(state), "BK": self.BK, "BV": 16,
-                "VP": VP, "BLOCK": 32, "REVERSE": reverse, "num_warps": 4, "num_stages": 2,
+                "VP": VP, "BLOCK": 64, "STAGES": 2 if wide else 3, "REVERSE": reverse,
+                "num_warps": 8 if wide else 4,
             },
         )  # fmt: skip
 
