@@ -125,6 +125,8 @@ def test_segments_are_joined():
     with mock.patch.multiple(launches, multiprocessors=lambda device: 6, **few):
         agree(*operands(170, 16, 24), bound=FP32)
         agree(*operands(150, 16, 24, lengths=(0, 100, 50, 0), gate="mixed"), bound=FP32)
+    with mock.patch.multiple(launches, multiprocessors=lambda device: 12, **few):
+        agree(*operands(100, 100, 24), bound=FP32)  # of more than one piece
 
 
 def test_states_before_chunks():

@@ -141,8 +141,8 @@ MUTANTS = [
     Mutant(
         "scale on the gate forgotten in decoding",
         "fla/ops/attn/engine.py",
-        "gate_scale = scale if do_gate_scale else 1.0",
-        "gate_scale = 1.0",
+        "scale if do_gate_scale else 1.0)",
+        "1.0)",
         ATTN_TESTS,
     ),
     Mutant(
@@ -270,6 +270,13 @@ MUTANTS = [
         "        wait_until_written()\n",
         "",
         BACKWARD_TESTS,
+    ),
+    Mutant(
+        "of a map that joins segments the last piece alone",
+        "fla/ops/kda/chunk_inter.py",
+        "b_next = tl.where(part == 0, b_a, b_next)",
+        "b_next = tl.where(part == 0, b_a, 0.0)",
+        ("test_kda_triton.py",),
     ),
 ]
 

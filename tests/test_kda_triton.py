@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +21,36 @@ pytest.importorskip("triton")
 
 INTERPRETED = Path(__file__).with_name("interpreted_kda.py")
 SHARED_MEMORY = 227 * 1024  # of one program on sm_90
+LEAST_SHARED_MEMORY = 99 * 1024  # and on sm_86 and sm_89
+
+
+@contextlib.contextmanager
+def compiling_for_hopper() -> Iterator[dict[str, int]]:
+    """Inside, launches compile their kernels and run nothing; yields who takes how much memory."""
+    from compiling import overtaken
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    hopper = mock.Mock()
+    hopper.get_current_target.return_value = GPUTarget("cuda", 90, 32)
+    hopper.get_current_device.return_value = 0
+    shared: dict[str, int] = {}
+
+    def warmup(kernel, grid):
+        def launch(*arguments, **more):
+            done = kernel.run(*arguments, grid=grid, warmup=True, **more)
+            name = kernel.fn.__name__
+            shared[name] = max(shared.get(name, 0), done.metadata.shared)
+            assert not overtaken(done), done.metadata
+
+        return launch
+
+    with (
+        mock.patch.object(JITFunction, "__getitem__", warmup),
+        mock.patch.object(driver, "_active", hopper),
+    ):
+        yield shared
 
 
 def test_interpreted():
@@ -39,35 +71,13 @@ def test_interpreted():
     ],
 )
 def test_every_launch_compiles_for_hopper(dtype, K, V):
-    from compiling import overtaken
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
     from fla.ops.kda import gate_kernels, launches
     from fla.ops.kda import triton as kernels
-
-    hopper = mock.Mock()
-    hopper.get_current_target.return_value = GPUTarget("cuda", 90, 32)
-    hopper.get_current_device.return_value = 0
-    shared = {}
-
-    def warmup(kernel, grid):
-        def launch(*arguments, **more):
-            done = kernel.run(*arguments, grid=grid, warmup=True, **more)
-            name = kernel.fn.__name__
-            shared[name] = max(shared.get(name, 0), done.metadata.shared)
-            assert not overtaken(done), done.metadata
-
-        return launch
 
     arguments, do, dstate = operands(64, K, V, dtype, gate="raw", beta_sigmoid=True)
     packed, *_ = operands(64, K, V, dtype, lengths=(0, 40, 24), gate="raw", state_v_first=True)
     raw = arguments[3], arguments[5], arguments[6], -5.0
-    with (
-        mock.patch.object(JITFunction, "__getitem__", warmup),
-        mock.patch.object(driver, "_active", hopper),
-    ):
+    with compiling_for_hopper() as shared:
         kernels.forward(*arguments)
         kernels.forward(*packed)
         kernels.backward(do, dstate, *arguments)
@@ -83,6 +93,18 @@ def test_every_launch_compiles_for_hopper(dtype, K, V):
         gate_kernels.backward(raw[0], *raw)
     assert {"recurrent_kernel", "gate_kernel", "gate_backward_kernel"} < shared.keys()
     assert max(shared.values()) <= SHARED_MEMORY, shared
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("K", [64, 128, 256])
+def test_joining_takes_no_more_than_every_gpu_has(K, reverse):
+    from fla.ops.kda.launches import Call
+
+    arguments, *_ = operands(64, K, K, torch.bfloat16)
+    with compiling_for_hopper() as shared:
+        call = Call(*arguments[:7], None, arguments[9])
+        call._join(call._summaries(2, K)[0], K, call.new_state(), 32, reverse)
+    assert 0 < shared["join_kernel"] <= LEAST_SHARED_MEMORY, shared
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -350,5 +350,6 @@ def join_kernel(
         b_part = tl.where(o_part == part, b_s.reshape(BV, parts, BLOCK), 0.0)
         b_next = tl.where(part == 0, b_a, b_next)
         b_next = tl.dot(tl.sum(b_part, 1), b_m, b_next, input_precision="tf32x3")
+        # where its own A was, which is summed up by now; what is loaded ahead is other segments'
         tl.store(p_tile, b_s, mask=part == parts - 1)
         b_s = tl.where(part == parts - 1, b_next, b_s)

@@ -243,7 +243,7 @@ class Call:
         return summaries, (self.HV * rows * columns, rows * columns, columns, 1)
 
     def _join(self, summaries, VP, state, segment, reverse: bool) -> None:
-        wide = self.BK > 128
+        wide = self.BK > 128  # what is loaded ahead fits into 99 KiB, which every GPU has
         launch(
             join_kernel,
             self.N * self.HV * (VP // 16),
