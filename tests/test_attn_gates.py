@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attn import decoding, operands, results
+from test_attn import decoding, operands, results, textbook
 
 from fla.ops.attn import attn_decoding_one_step, eager, parallel_attn
 from fla.testing.compare import relative_error
@@ -44,6 +44,16 @@ def test_growth_that_leaves_nothing_else_to_see(most):
         grown.append(results(parallel_attn, {**tensors, "g": g}))
     for name, value in grown[0].items():
         assert relative_error(value, grown[1][name]) < 1e-8, name
+
+
+@pytest.mark.parametrize("sink", [20.0, 100.0])
+def test_keys_far_below_the_sink(sink):
+    """Beside it they are nothing, and are not left out: their gradients are small, and exact."""
+    tensors, draws, _ = operands(600)
+    more = {**tensors, "g": 0.02 * draws - 0.01, "sink_bias": torch.full_like(draws[0, 0], sink)}
+    found, expected = results(parallel_attn, more), results(textbook, more)
+    for name, x in expected.items():
+        assert (found[name] - x).norm() < 1e-9 * x.norm(), name
 
 
 @pytest.mark.parametrize("first", [1e30, -torch.inf, torch.inf])

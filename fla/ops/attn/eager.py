@@ -61,7 +61,8 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
         dq, dk, dv, delta = _torch_backward(do, q, k, v, o, lse, options)
     else:
         walk = _Walk(q, k, v, g, cu_seqlens, options)
-        dq, dk, dv, dgate, delta = _blocked_backward(walk, do, o, lse)
+        sinks = sink_bias is not None
+        dq, dk, dv, dgate, delta = _blocked_backward(walk, do, o, lse, sinks)
         if g is not None:
             dg = walk.merge(walk.seen.zero_elsewhere(dgate)).to(g.dtype).contiguous()
     if sink_bias is not None:
@@ -111,8 +112,7 @@ def _blocked_forward(walk: _Walk) -> tuple[Tensor, Tensor]:
     """o [B, T, HQ, V] and lse [B, HQ, T], without the sink."""
     o = walk.q.new_empty(*walk.q.shape[:3], walk.v.shape[-1])
     lse = walk.q.new_empty(walk.q.shape[:3])
-    own = (walk.q * walk.k[:, None]).sum(-1)  # each row sees at least its own key
-    for block in walk.blocks(own):
+    for block in walk.blocks():
         logits = walk.logits(block)  # [lanes, G * rows, keys]
         most = logits.amax(-1, keepdim=True).clamp_(min=_lowest(logits))
         weights = logits.sub_(most).exp2_()
@@ -125,7 +125,7 @@ def _blocked_forward(walk: _Walk) -> tuple[Tensor, Tensor]:
     return walk.merge(o), lse.mul_(_LN2).view(B, HQ, T)
 
 
-def _blocked_backward(walk: _Walk, do, o, lse):
+def _blocked_backward(walk: _Walk, do, o, lse, sinks: bool):
     """dq, dk, dv, the gate's gradient [lanes, G, T] in fp64 and D [B, HQ, T].
 
     A token's gate is in every pair that it stands between, dg_t = Σ_{j < t ≤ i} dS_ij: over a block
@@ -137,7 +137,8 @@ def _blocked_backward(walk: _Walk, do, o, lse):
     shape, lse = lse.shape, (lse * _LOG2E).view_as(delta)
     dq, dk, dv = torch.empty_like(walk.q), torch.zeros_like(walk.k), torch.zeros_like(walk.v)
     dgate = None if walk.gate is None else torch.zeros_like(lse, dtype=torch.float64)
-    for block in walk.blocks(lse):
+    # Beside a sink far above all of them keys are nothing, but not beside one another.
+    for block in walk.blocks(None if sinks else lse):
         b_q, b_do, b_delta, b_lse = (
             block.of_rows(x).flatten(1, 2) for x in (walk.q, do, delta, lse)
         )
@@ -247,9 +248,11 @@ class _Walk:
             self._buffers[name] = self.q.new_empty(most, dtype=dtype or self.dtype)
         return self._buffers[name][: math.prod(shape)].view(shape)
 
-    def blocks(self, floor: Tensor) -> Iterator[_Block]:
+    def blocks(self, floor: Tensor | None = None) -> Iterator[_Block]:
         """All blocks; ``floor`` [lanes, G, T] is what each row's lse is known to reach."""
         if self.gate is not None and self.on_host:
+            if floor is None:  # each row sees at least its own key
+                floor = (self.q * self.k[:, None]).sum(-1)
             self.gate.bound(self.q, self.k, floor, self.T)
         for start in range(0, self.T, self.rows):
             stop = min(start + self.rows, self.T)
