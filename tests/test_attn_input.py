@@ -48,6 +48,12 @@ def test_bad_input(function, changes, error, message):
     assert message in str(caught.value)
 
 
+def test_no_window_is_too_wide():
+    leaf = good() | {"q": torch.randn(1, 12, 4, 8, requires_grad=True)}
+    wide, none = (parallel_attn(**leaf, window_size=size) for size in (2**70, None))
+    torch.testing.assert_close(wide, none)
+
+
 def test_a_gate_is_needed_to_forget():
     with pytest.raises(TypeError, match="g: expected a tensor, got NoneType"):
         parallel_forgetting_attn(**{**good(), "g": None})

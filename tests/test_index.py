@@ -91,3 +91,11 @@ def test_a_host_copy_is_all_that_is_read():
         index.prepare_chunk_offsets(empty, 4, cu_seqlens_cpu=host),
     ):
         assert result.device.type == "meta"
+
+
+def test_bad_input():
+    bounds = boundaries([0, 3, 7], torch.int32)
+    with pytest.raises(ValueError, match="chunk_size: expected at least 1, got 0"):
+        index.prepare_chunk_offsets(bounds, 0)
+    with pytest.raises(ValueError, match=r"cu_seqlens_cpu: expected \[4\], got \[2\]"):
+        index.prepare_lens(bounds, bounds[:2])

@@ -186,6 +186,10 @@ BAD_SERVING = [
     ({"initial_state": None}, "initial_state: expected a tensor to update in place, got None"),
     ({}, "initial_state: expected [N, HV, K, V] = [1, 4, 24, 40], got [9, 4, 24, 40]"),
     ({"out": torch.zeros(1, 1, 4, 24)}, "out: expected [B, T, HV, V] = [1, 1, 4, 40]"),
+    (
+        {"out": torch.zeros(1, 1, 1, 40).expand(1, 1, 4, 40)},
+        "out: expected a tensor to write to, got one that is expanded, [1, 1, 4, 40] with strides",
+    ),
 ]
 
 

@@ -215,8 +215,8 @@ def refusals():
             lambda: made(x, past_key_values=keys),
         ),
         (
-            "past_key_values: expected 0 tokens seen by every layer, as by layer 1, "
-            "got 8 seen by layer 0; a cache is of one model and grows layer by layer",
+            "past_key_values: expected 3 tokens seen by layer 0, beside 0 by layer 1, got 8; "
+            "a cache is of one model and grows layer by layer",
             lambda: deeper(x[:, :3], past_key_values=later),
         ),
         ("output_attentions: expected False", lambda: made(x, output_attentions=True)),

@@ -480,6 +480,8 @@ def test_refusals_of_types():
         FusedRMSNormGated(8)(torch.zeros(3, 8), None)
     with pytest.raises(TypeError, match=r"x: expected a floating point tensor, got torch\.int64"):
         l2norm(torch.zeros(3, 4).long())
+    with pytest.raises(TypeError, match=r"output_dtype: expected a floating point dtype, got t"):
+        l2norm(torch.zeros(3, 4), output_dtype=torch.int32)
     with pytest.raises(TypeError, match="mask: expected a tensor, got list"):
         ShortConvolution(8, 4)(torch.zeros(1, 2, 8), mask=[[0, 1]])
     with pytest.raises(TypeError, match=r"head_first: .* no such argument"):

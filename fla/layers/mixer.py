@@ -161,8 +161,8 @@ def _check_in_step(cache: Cache, layer_idx: int, columns: int) -> None:
         expected = seen + columns if other < layer_idx else seen
         if cache.get_seq_length(other) != expected:
             raise ValueError(
-                f"past_key_values: expected {seen} tokens seen by every layer, as by layer "
-                f"{layer_idx}, got {cache.get_seq_length(other)} seen by layer {other}; "
+                f"past_key_values: expected {expected} tokens seen by layer {other}, beside {seen} "
+                f"by layer {layer_idx}, got {cache.get_seq_length(other)}; "
                 f"a cache is of one model and grows layer by layer, before layer {layer_idx} by "
                 f"these {columns} tokens already"
             )

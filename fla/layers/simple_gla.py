@@ -36,7 +36,8 @@ class SimpleGatedLinearAttention(GroupedMemoryMixer):
         mode: ``chunk``, ``fused_chunk`` or ``fused_recurrent``, the form for training; a few tokens
             outside of it always take the recurrent one.
         hidden_size: channels of the hidden states.
-        expand_k, expand_v: channels of all keys and of all values, as multiples of ``hidden_size``.
+        expand_k, expand_v: channels of all queries and of all outputs, as multiples of
+            ``hidden_size``; a head of keys, and of values, has as many as one of these.
         num_heads: heads of queries.
         num_kv_heads: heads of keys and values, each for ``num_heads / num_kv_heads`` of queries; as
             many by default.

@@ -64,6 +64,8 @@ def norm_engine(
         g=(g, f"?{letters}"),
         residual=(residual, f"?{letters}"),
     )
+    if output_dtype is not None:
+        contract.floating("output_dtype", output_dtype)
     if residual is not None and sum_dtype is None:
         sum_dtype = residual.dtype
     keeps = sum_dtype is not None and (residual is not None or sum_dtype != x.dtype)

@@ -22,6 +22,7 @@ from fla.ops.common.dispatch import Engine, Implementation, Problem
 from fla.ops.common.once import finding, once
 
 HEAD_LIMITS = {"K": 256, "V": 512}
+_WIDEST = 2**30  # no sequence is longer, and kernels add to it in 32 bits
 
 
 class Options(NamedTuple):
@@ -138,7 +139,7 @@ def _window(size: int | None) -> int | None:
     size = contract.whole_number("window_size", size)
     if size < 0:
         raise ValueError(f"window_size: expected None or at least 0, got {size}")
-    return size
+    return min(size, _WIDEST)
 
 
 def _nothing_to_see(q: Tensor, k: Tensor, v: Tensor, options: Options | DecodingOptions) -> bool:

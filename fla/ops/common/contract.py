@@ -1,4 +1,4 @@
-"""What may come in: every argument is checked once, here, before anything is computed.
+"""What may come in: operators check their arguments once, here, before anything is computed.
 
 Shapes are written as a notation, ``"B T H K"``: a letter seen first binds its size, seen again it
 must agree, and 1 stands for itself.  A leading ``?`` marks an operand that may be ``None``.
@@ -196,6 +196,21 @@ def whole_number(name: str, value: Any) -> int:
     if not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
     return int(value)
+
+
+def floating(name: str, dtype: Any) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating point dtype, got {dtype}")
+
+
+def written(**tensors: torch.Tensor | None) -> None:
+    """What is written to has each element once; strides are no part of what is checked ``once``."""
+    for name, x in tensors.items():
+        if x is not None and 0 in x.stride() and x.squeeze().stride().count(0):
+            raise ValueError(
+                f"{name}: expected a tensor to write to, got one that is expanded, "
+                f"{list(x.shape)} with strides {list(x.stride())}"
+            )
 
 
 def scale_or_default(scale: float | None, K: int) -> float:

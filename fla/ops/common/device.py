@@ -63,7 +63,7 @@ def lacks_hopper(device: torch.device, dtype: torch.dtype, kernel: str) -> str |
     reason = lacks_triton(device, dtype)
     if reason is not None:
         return reason
-    if device.type != "cuda" or capability(device) != HOPPER:
+    if capability(device) != HOPPER:
         return "made for sm_90 alone"
     if dtype.itemsize != 2:
         return f"takes fp16 and bf16, not {dtype}"

@@ -136,6 +136,7 @@ def delta_serve(
     state_shape, options = _checked_serving(
         *operands, initial_state, cu_seqlens, indices, accepted, out, inplace, options
     )
+    contract.written(initial_state=initial_state if inplace else None, out=out)
     with torch.no_grad():
         written = initial_state
         if not inplace:

@@ -47,8 +47,7 @@ def fused_kda_gate(
     lower_bound = bound(lower_bound)
     parameters = gate_parameters(sizes, A_log, dt_bias, lower_bound)
     contract.operands(sizes, ("g", g), **parameters)
-    if output_dtype not in contract.FLOATS:
-        raise TypeError(f"output_dtype: expected a floating point dtype, got {output_dtype}")
+    contract.floating("output_dtype", output_dtype)
     return _forward(g, A_log, dt_bias, Options(lower_bound, output_dtype))
 
 

@@ -68,10 +68,18 @@ def prepare_chunk_offsets(
 
 
 def _bounds(cu_seqlens: Tensor, cu_seqlens_cpu: Tensor | None) -> Tensor:
-    return cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+    if cu_seqlens_cpu is None:
+        return cu_seqlens
+    if cu_seqlens_cpu.shape != cu_seqlens.shape:
+        raise ValueError(
+            f"cu_seqlens_cpu: expected {list(cu_seqlens.shape)}, got {list(cu_seqlens_cpu.shape)}"
+        )
+    return cu_seqlens_cpu
 
 
 def _chunks(lens: Tensor, chunk_size: int) -> Tensor:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     return (lens + chunk_size - 1) // chunk_size
 
 
