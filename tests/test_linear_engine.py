@@ -98,6 +98,20 @@ def test_gradient_of_the_gate_over_a_long_sequence():
     assert relative_error(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("steep", [-5.0, -20.0])
+def test_gradient_of_gates_that_leave_little(steep):
+    """It is as small as what they leave, beside tokens' pairs with themselves, and as exact."""
+    q, k, v = draw(3, 1, 100, 2, 16)
+    found, expected = (
+        run(call, *inputs, torch.full((1, 100, 2), steep, dtype=inputs[0].dtype))[-1]
+        for call, inputs in (
+            (ops.chunk_simple_gla, (q, k, v)),
+            (naive_recurrent_simple_gla, (q.double(), k.double(), v.double())),
+        )
+    )
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
 def test_chunk_size_changes_nothing():
     q, k, v = (draw(2, 150, 2, d, dtype=torch.float64) for d in (8, 8, 12))
     g = -draw(2, 150, 2, dtype=torch.float64).abs()

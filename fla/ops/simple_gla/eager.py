@@ -79,9 +79,9 @@ def backward(
     """Return the gradients of q, k, v, g, the initial state and the initial z.
 
     With P = dA ∘ A, a token's log-decay is in every pair that it stands between.  What pairs inside
-    the chunk and queries before it contribute is the suffix sum of q·dq − k·dk; keys that leave
-    the chunk and the state that passes through it contribute to all of its tokens alike.  Sums
-    never reach beyond a chunk.
+    the chunk and queries before it contribute is the suffix sum of rows of P less its columns, and
+    of q·dq − k·dk through the states; keys that leave the chunk and the state that passes through
+    it contribute to all of its tokens alike.  Sums never reach beyond a chunk.
     """
     walk = _Walk(q, k, v, g, g_gamma, cu_seqlens, options)
     chunks = walk.chunks
@@ -102,9 +102,12 @@ def backward(
         state = before.pop()
 
         attention = decay.pairs(torch.bmm(b_q, b_k.mT))
-        dattention = decay.pairs(torch.bmm(b_do, b_v.mT))
+        dattention = torch.bmm(b_do, b_v.mT)
+        pairs = None if dg is None else attention * dattention
+        dattention = decay.pairs(dattention)
         dk_out = decay.rest.out(torch.bmm(decay.out(b_v), after.mT))
-        b_dq = decay.rest.into(torch.bmm(decay.into(b_do), state.mT)).baddbmm_(dattention, b_k)
+        dq_in = decay.rest.into(torch.bmm(decay.into(b_do), state.mT))
+        b_dq = torch.baddbmm(dq_in, dattention, b_k)
         b_dk = torch.baddbmm(dk_out, dattention.mT, b_q)
         b_dv = decay.rest.out(torch.bmm(decay.out(b_k), after)).baddbmm_(attention.mT, b_do)
         walk.put(dq, run, b_dq)
@@ -113,7 +116,11 @@ def backward(
         if dg is not None:
             passing = (decay.total(state) * decay.rest.total(after)).sum((-2, -1))
             passing += (b_k * dk_out).sum((-2, -1))
-            per_token = (b_q * b_dq - b_k * b_dk).sum(-1)  # [chunks, C]
+            # A token's pair with itself has no decay; taken from sums that it is in, it would leave
+            # the digits that they round off, where steep decays leave little else.
+            pairs.diagonal(dim1=-2, dim2=-1).zero_()
+            per_token = (b_q * dq_in - b_k * dk_out).sum(-1)  # [chunks, C]
+            per_token += pairs.sum(-1) - pairs.sum(-2)
             b_dg = per_token.flip(-1).cumsum(-1).flip(-1) + passing[..., None]
             walk.put(dg, run, b_dg)
     dstate0, dz0 = walk.unpack_state(carry.result)
