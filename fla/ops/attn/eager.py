@@ -61,8 +61,7 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
         dq, dk, dv, delta = _torch_backward(do, q, k, v, o, lse, options)
     else:
         walk = _Walk(q, k, v, g, cu_seqlens, options)
-        sinks = sink_bias is not None
-        dq, dk, dv, dgate, delta = _blocked_backward(walk, do, o, lse, sinks)
+        dq, dk, dv, dgate, delta = _blocked_backward(walk, do, o, lse, sink_bias is not None)
         if g is not None:
             dg = walk.merge(walk.seen.zero_elsewhere(dgate)).to(g.dtype).contiguous()
     if sink_bias is not None:
