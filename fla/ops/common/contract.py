@@ -154,13 +154,19 @@ def number_of_sequences(
         )
     if cu_seqlens_cpu is not None and cu_seqlens_cpu.device.type != "cpu":
         raise ValueError(f"cu_seqlens_cpu: expected the device cpu, got {cu_seqlens_cpu.device}")
-    if cu_seqlens_cpu is not None and cu_seqlens_cpu.shape != cu_seqlens.shape:
-        raise ValueError(
-            f"cu_seqlens_cpu: expected {list(cu_seqlens.shape)}, got {list(cu_seqlens_cpu.shape)}"
-        )
+    if cu_seqlens_cpu is not None:
+        alike(cu_seqlens, cu_seqlens_cpu)
     if q.shape[0] != 1:
         raise ValueError(f"{tokens}: expected a batch of 1 with cu_seqlens, got {q.shape[0]}")
     return cu_seqlens.shape[0] - 1
+
+
+def alike(cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor) -> None:
+    """The host copy has as many boundaries."""
+    if cu_seqlens_cpu.shape != cu_seqlens.shape:
+        raise ValueError(
+            f"cu_seqlens_cpu: expected {list(cu_seqlens.shape)}, got {list(cu_seqlens_cpu.shape)}"
+        )
 
 
 def boundaries(

@@ -103,26 +103,26 @@ def backward(
 
         attention = decay.pairs(torch.bmm(b_q, b_k.mT))
         dattention = torch.bmm(b_do, b_v.mT)
-        pairs = None if dg is None else attention * dattention
-        dattention = decay.pairs(dattention)
         dk_out = decay.rest.out(torch.bmm(decay.out(b_v), after.mT))
-        dq_in = decay.rest.into(torch.bmm(decay.into(b_do), state.mT))
-        b_dq = torch.baddbmm(dq_in, dattention, b_k)
-        b_dk = torch.baddbmm(dk_out, dattention.mT, b_q)
-        b_dv = decay.rest.out(torch.bmm(decay.out(b_k), after)).baddbmm_(attention.mT, b_do)
-        walk.put(dq, run, b_dq)
-        walk.put(dk, run, b_dk)
-        walk.put(dv, run, b_dv[..., : v.shape[-1]])
+        b_dq = decay.rest.into(torch.bmm(decay.into(b_do), state.mT))
         if dg is not None:
             passing = (decay.total(state) * decay.rest.total(after)).sum((-2, -1))
             passing += (b_k * dk_out).sum((-2, -1))
             # A token's pair with itself has no decay; taken from sums that it is in, it would leave
             # the digits that they round off, where steep decays leave little else.
+            pairs = attention * dattention
             pairs.diagonal(dim1=-2, dim2=-1).zero_()
-            per_token = (b_q * dq_in - b_k * dk_out).sum(-1)  # [chunks, C]
+            per_token = (b_q * b_dq - b_k * dk_out).sum(-1)  # [chunks, C], through the states
             per_token += pairs.sum(-1) - pairs.sum(-2)
             b_dg = per_token.flip(-1).cumsum(-1).flip(-1) + passing[..., None]
             walk.put(dg, run, b_dg)
+        dattention = decay.pairs(dattention)
+        b_dq.baddbmm_(dattention, b_k)
+        b_dk = torch.baddbmm(dk_out, dattention.mT, b_q)
+        b_dv = decay.rest.out(torch.bmm(decay.out(b_k), after)).baddbmm_(attention.mT, b_do)
+        walk.put(dq, run, b_dq)
+        walk.put(dk, run, b_dk)
+        walk.put(dv, run, b_dv[..., : v.shape[-1]])
     dstate0, dz0 = walk.unpack_state(carry.result)
     return (
         chunks.tokens(dq),

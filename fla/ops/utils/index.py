@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fla.ops.common import contract
+
 
 def prepare_lens(cu_seqlens: Tensor, cu_seqlens_cpu: Tensor | None = None) -> Tensor:
     """Length of each sequence, [N]."""
@@ -70,10 +72,7 @@ def prepare_chunk_offsets(
 def _bounds(cu_seqlens: Tensor, cu_seqlens_cpu: Tensor | None) -> Tensor:
     if cu_seqlens_cpu is None:
         return cu_seqlens
-    if cu_seqlens_cpu.shape != cu_seqlens.shape:
-        raise ValueError(
-            f"cu_seqlens_cpu: expected {list(cu_seqlens.shape)}, got {list(cu_seqlens_cpu.shape)}"
-        )
+    contract.alike(cu_seqlens, cu_seqlens_cpu)
     return cu_seqlens_cpu
 
 
