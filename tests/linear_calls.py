@@ -150,6 +150,16 @@ def growth_of_nothing(dtype, device="cpu"):
     return inputs, naive_recurrent_simple_gla(*(x.double() for x in inputs))[0]
 
 
+def gates_that_leave_little(steep, dtype, device="cpu"):
+    """q, k, v, g and do of uniform decays; and dg, in fp64 from pairs of different tokens alone."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, do = torch.randn(4, 1, 150, 2, 64, generator=generator).to(device, dtype)
+    g = torch.full((1, 150, 2), steep, device=device)
+    inputs = [x.double().requires_grad_() for x in (q, k, v, g)]
+    (dg,) = torch.autograd.grad(naive_recurrent_simple_gla(*inputs)[0], inputs[3:], do.double())
+    return (q, k, v, g), do, dg
+
+
 def main(part: int | None = None, parts: int = 1) -> None:
     calls = small() if part is None else launches()
     for each in itertools.islice(calls, part, None, parts):

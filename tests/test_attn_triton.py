@@ -24,7 +24,7 @@ TABLES = {
 INTERPRETED = """
 import json, torch
 from unittest import mock
-from fla.ops.attn import attn_decoding_one_step, engine, parallel_attn
+from fla.ops.attn import attn_decoding_one_step, engine, naive_parallel_attn, parallel_attn
 from fla.testing import Shape, all_specs
 from fla.testing.compare import measure
 
@@ -54,6 +54,17 @@ with mock.patch.object(engine, "lacks_triton", lambda device, dtype: None):
         results.append([o, decoded, *torch.autograd.grad(o.square().sum(), inputs)])
     for more in results[1:]:
         assert all(x.isfinite().all() and torch.equal(x, y) for x, y in zip(more, results[0]))
+
+    # beside a sink far above them keys are nothing, but none is left out for it
+    q, k, v, do = torch.randn(4, 1, 400, 1, 16)
+    g, sink = torch.full((1, 400, 1), -0.01), torch.full((1,), 40.0)
+    results = []
+    for attn, dtype in (parallel_attn, torch.float32), (naive_parallel_attn, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v, g, sink)]
+        o = attn(*inputs[:3], g=inputs[3], sink_bias=inputs[4])
+        o = o[0] if isinstance(o, tuple) else o
+        results.append([o, *torch.autograd.grad(o, inputs, do.to(dtype))])
+    assert all((x - y).norm() < 1e-5 * y.norm() for x, y in zip(*results))
 """
 
 

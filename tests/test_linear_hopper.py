@@ -23,7 +23,7 @@ from unittest import mock
 from emulated_gluon import emulated
 from fla.ops.simple_gla import blocks, engine, triton as portable
 from fla.testing.compare import measure
-from linear_calls import growth_of_nothing, hopper_cases
+from linear_calls import gates_that_leave_little, growth_of_nothing, hopper_cases
 
 torch.set_num_threads(1)
 stages = "hopper_blocks", "hopper_walk", "hopper_turns", "hopper"
@@ -90,6 +90,14 @@ for turns in (False, True):
         more = None, None, None, None, engine.Options(300 / 8)
         found = stages.forward(*inputs, *more)[0]
     assert (found / 300 - expected).norm() < 1e-4 * expected.norm()
+
+# Of pairs of a token with itself the gate's gradient has nothing
+for steep in (-5.0, -20.0):
+    inputs, do, expected = gates_that_leave_little(steep, torch.float32)
+    with mock.patch.object(stages, "SMALLEST", 1):
+        given = do, None, None, *inputs, *[None] * 8
+        dg = stages.backward(*given, engine.Options(1 / 8))[3]
+    assert (dg - expected).norm() < 1e-3 * expected.norm()
 
 # The weights of tokens that are not there are as large as steep decays make them
 q, k, v, do = torch.randn(4, 1, 100, 2, 64)

@@ -70,6 +70,17 @@ def test_what_is_left_out_does_not_show(gate):
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(found, expected, strict=True))
 
 
+def test_keys_far_below_the_sink():
+    """Beside it they are nothing, and are not left out: their gradients are small, and exact."""
+    q, k, v, _, do = operands(1024, dtype=torch.float32)
+    g = torch.full((1, 1024, 4), -0.01, device="cuda")
+    sink = torch.full((4,), 40.0, device="cuda")
+    found = run(q, k, v, g, do, sink_bias=sink)
+    with blocks.nothing_left_out():
+        expected = run(q, k, v, g, do, sink_bias=sink)
+    assert all((a - b).norm() < 1e-6 * b.norm() for a, b in zip(found, expected, strict=True))
+
+
 def test_gates_that_grow_leave_nothing_visible_out():
     """A document that nothing survives at first, and that a later gate brings back."""
     q, k, v, _, do = operands(1024, dtype=torch.float32)

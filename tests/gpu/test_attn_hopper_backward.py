@@ -166,6 +166,21 @@ def test_what_is_left_out_does_not_show(gate):
         assert relative_error(x, y) < 1e-5
 
 
+@pytest.mark.parametrize("D", [64, 128])
+def test_keys_far_below_the_sink(D):
+    """Beside it they are nothing, and are not left out: gradients are small, and as in fp64."""
+    do, q, k, v, _, _ = operands(1, 1024, 4, 2, D=D)
+    g = torch.full((1, 1024, 4), -0.01, device="cuda")
+    given = do, q, k, v, g, torch.full((4,), 40.0, device="cuda")
+    with hopper() as launched:
+        found = gradients(*given)
+    assert launched
+    with use("eager"):
+        expected = gradients(*(x.double() for x in given))
+    for x, y in zip(found, expected, strict=True):
+        assert (x - y).norm() < 1e-2 * y.norm()  # bf16
+
+
 @pytest.mark.parametrize("gate", [None, 4.0])
 def test_what_lies_beside_a_sequence_is_not_read(gate):
     """The last block of a sequence reaches into the next one, here full of NaN."""

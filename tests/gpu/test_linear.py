@@ -59,6 +59,15 @@ def test_growth_of_nothing():
     assert relative_error(o, expected) < 5e-3
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("steep", [-5.0, -20.0])
+def test_gradient_of_gates_that_leave_little(steep, dtype, bound):
+    inputs, do, expected = linear_calls.gates_that_leave_little(steep, dtype, "cuda")
+    with use("triton"):
+        dg = run(*inputs, do)[-1]
+    assert (dg - expected).norm() < bound * expected.norm()
+
+
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("T", [1000, 8192])
 def test_repeats_bit_for_bit(gated, T):

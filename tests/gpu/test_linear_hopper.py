@@ -62,6 +62,14 @@ def test_growth_of_nothing(turns, factor):
     assert relative_error(o / factor, expected) < 5e-3
 
 
+@pytest.mark.parametrize("steep", [-5.0, -20.0])
+def test_gradient_of_gates_that_leave_little(steep):
+    inputs, do, expected = linear_calls.gates_that_leave_little(steep, torch.bfloat16, "cuda")
+    with on_hopper() as launched:
+        dg = run(*inputs, do)[-1]
+    assert launched and (dg - expected).norm() < 5e-3 * expected.norm()
+
+
 def operands(B, T, H=4, K=128, V=128, gated=True):
     torch.manual_seed(T)
     q, k = torch.randn(2, B, T, H, K, device="cuda", dtype=torch.bfloat16)

@@ -15,6 +15,7 @@ from fla.ops.attn.blocks import (
     gates_within,
     largest_norm,
     own,
+    own_logits,
     put_tile,
     sees,
     tile,
@@ -147,8 +148,8 @@ def queries_kernel(
     Reads q [BM, K], o and do [BM, V], lse [BM], all k [·, K] and v [·, V] before them, and the
     gates.  Writes dq [BM, K], and −lse and Δ [BM] to rows [2, HQ, intervals, SPAN].  With gates
     also since − lse to a third plane of rows, Σ_j dS_ij to dgate [BM], and how far the queries
-    reach, the largest since − lse and scale |q|, to reach [2, HQ, intervals · SPAN / BM].  Zero
-    where there are no keys.
+    reach, the largest since − (what keys reach) and scale |q|, to
+    reach [2, HQ, intervals · SPAN / BM].  Zero where there are no keys.
     """
     i_h, n, i_b, bos, length, live = own(cu_seqlens, tl.program_id(0), N, T, H * G, BM, True)
     i_q = i_b * BM
@@ -187,9 +188,12 @@ def queries_kernel(
         p_total, p_rise, p_norm = gate_marks(marks, i_h, i_h // G, slot, intervals, H * G)
         b_since = tl.load(p_since + o_i)
         b_rest = tl.load(p_rest + o_i)
-        b_reach = b_since - b_lse
-        tl.store(p_rows + 2 * plane, b_reach)
-        b_reach = tl.max(b_reach, 0)
+        tl.store(p_rows + 2 * plane, b_since - b_lse)
+        b_least = b_lse
+        if sink is not None:
+            p_own = p_k + i_q.to(tl.int64) * (H * K)
+            b_least = own_logits(b_q, p_own, o_m, m_i, scale, H * K, K, BK)
+        b_reach = tl.max(b_since - b_least, 0)
         b_norm = largest_norm(b_q) * scale
         needed = first_interval_needed(p_total, p_rise, p_norm, i_q // SPAN, b_norm, b_reach, floor)
         low = tl.maximum(low, tl.minimum(needed * SPAN, near))

@@ -230,12 +230,21 @@ def largest_norm(x):
 
 
 @triton.jit
+def own_logits(b_q, p_k, o_r, m_r, scale, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """What queries b_q [rows, BD] reach at least, for each sees its own key; inf without m_r."""
+    b_k = tile(p_k, o_r, m_r, STRIDE, D, BD)  # [rows, BD]
+    b_own = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1) * scale
+    return tl.where(m_r, b_own, float("inf"))
+
+
+@triton.jit
 def first_interval_needed(p_total, p_rise, p_norm, i_b, q_norm, reach, floor):
     """The first interval whose keys count for queries in interval i_b; all before it are left out.
 
     The logits of those queries with the keys of interval j, over what their rows are known to
     reach, are at most ``reach`` + (totals between) + rise_j + q_norm norm_j.  Below ``floor`` all
-    such keys together do not show.
+    such keys together do not show.  What rows reach is what keys reach: a sink may be far above all
+    of them, but gives no output that theirs would not show beside.
     """
     first = i_b
     between = 0.0

@@ -200,12 +200,8 @@ def forward_kernel(
         b_since = tl.load(p_since + o_i)
         b_rest = tl.load(p_rest + o_i)
 
-    # the sink is a key with this logit and without a value
     b_most = tl.full([BM], LEAST, tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
-    if sink is not None:
-        b_most = tl.zeros([BM], tl.float32) + tl.load(sink + i_h).to(tl.float32) * LOG2E
-        b_sum += 1.0
     b_o = tl.zeros([BM, BV], tl.float32)
     between = tl.full([], 0.0, tl.float64)
     low, full, near, stop = key_blocks(i_q, BM, BN, live, window, sums is not None)
@@ -237,6 +233,13 @@ def forward_kernel(
         )  # fmt: skip
 
     m_i = o_i < length
+    if sink is not None:  # a key with this logit and without a value
+        s_sink = tl.load(sink + i_h).to(tl.float32) * LOG2E
+        b_new = tl.maximum(b_most, s_sink)
+        b_fall = tl.exp2(b_most - b_new)
+        b_most = b_new
+        b_sum = b_sum * b_fall + tl.exp2(s_sink - b_new)
+        b_o *= b_fall[:, None]
     b_seen = b_sum > 0
     b_o = b_o / tl.where(b_seen, b_sum, 1.0)[:, None]
     b_lse = tl.where(b_seen, (b_most + tl.log2(b_sum)) / LOG2E, LEAST)

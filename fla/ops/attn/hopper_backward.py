@@ -31,6 +31,7 @@ from fla.ops.attn.blocks import (
     hiding,
     largest_norm,
     own,
+    own_logits,
     put_tile,
     tile,
 )
@@ -74,14 +75,14 @@ def in_two(x):
 
 @triton.jit(do_not_specialize=["window", "N", "T", "intervals"])
 def rows_kernel(
-    q, o, do, lse, sink, sums, marks, cu_seqlens, rows, keys, turns, needed, latest, row_sums,
+    q, k, o, do, lse, sink, sums, marks, cu_seqlens, rows, keys, turns, needed, latest, row_sums,
     column_sums, dsink, scale, floor, window, N, T, intervals,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """What is to be known of BM queries of one head; and zeros, where sums are to come.
 
-    Reads o and do [BM, D] and lse [BM].  Writes −lse and Δ to rows [blocks, 2, BM], and the first
-    block of keys that is needed to turns; what the queries give to the sink's gradient,
+    Reads q, k, o and do [BM, D] and lse [BM].  Writes −lse and Δ to rows [blocks, 2, BM], and the
+    first block of keys that is needed to turns; what the queries give to the sink's gradient,
     −Σ exp(sink − lse) Δ, to dsink.  What is behind their sequence weighs nothing.
 
     With gates rows are [blocks, 2, 4, BM]: for keys of the same interval −lse, Δ, since and rest;
@@ -123,7 +124,6 @@ def rows_kernel(
         p_since, p_rest, p_until = gate_sums(sums, i_h, slot, intervals, H * G)
         p_total, p_rise, p_norm = gate_marks(marks, i_h, i_h // G, slot, intervals, H * G)
         b_since = tl.load(p_since + o_i)
-        b_reach = b_since - b_lse
         b_before = tl.zeros([SEARCH], tl.float64)
         for start in range(0, i_i, SEARCH):
             o_x = start + tl.arange(0, SEARCH)
@@ -132,7 +132,7 @@ def rows_kernel(
         high, low = in_two(before)
         tl.store(p_rows + 2 * BM, b_since)
         tl.store(p_rows + 3 * BM, tl.load(p_rest + o_i))
-        tl.store(p_rows + 4 * BM, b_reach)
+        tl.store(p_rows + 4 * BM, b_since - b_lse)
         tl.store(p_rows + 5 * BM, b_delta)
         b_place = (i_s * BM + 0 * o_m).to(tl.float32, bitcast=True)
         tl.store(p_rows + 6 * BM, tl.where(o_m == 1, b_place, high))
@@ -145,8 +145,13 @@ def rows_kernel(
             tl.store(p_keys + SPAN, tl.load(p_rest + i_i * SPAN + o_j))
             tl.store(p_keys + 2 * SPAN, tl.load(p_until + i_i * SPAN + o_j))
             tl.store(p_keys + 3 * SPAN, tl.where(o_j == 0, high, low))
-        norm = largest_norm(tile(q + at, o_m, m_i, H * G * D, D, D)) * scale
-        reach = tl.max(b_reach, 0)
+        b_q = tile(q + at, o_m, m_i, H * G * D, D, D)
+        b_least = b_lse
+        if sink is not None:
+            p_own = k + (bos.to(tl.int64) + i_s * BM) * (H * D) + i_h // G * D
+            b_least = own_logits(b_q, p_own, o_m, m_i, scale, H * D, D, D)
+        norm = largest_norm(b_q) * scale
+        reach = tl.max(b_since - b_least, 0)
         gated = first_interval_needed(p_total, p_rise, p_norm, i_i, norm, reach, floor)
         first = tl.maximum(first, gated)
         tl.store(needed + block, first)
@@ -258,7 +263,7 @@ def run_backward(call: Call, do, q, k, v, o, lse, g, gates, marks, sink, cu_seql
         rows_kernel,
         blocks * HQ,
         (
-            q, o, do, lse, sink, gates, marks, cu_seqlens, rows, pairs, turns, needed, latest,
+            q, k, o, do, lse, sink, gates, marks, cu_seqlens, rows, pairs, turns, needed, latest,
             row_sums, column_sums, dsink,
         ),
         (call.scale, call.floor, *numbers),

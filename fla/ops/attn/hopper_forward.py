@@ -17,6 +17,7 @@ from fla.ops.attn.blocks import (
     gates,
     largest_norm,
     own,
+    own_logits,
     tile,
 )
 from fla.ops.attn.hopper_queries import BLOCK, ROWS, hopper_forward_kernel
@@ -72,11 +73,10 @@ def needed_kernel(
     m_t = i_b * SPAN + o_t < live
     row = bos.to(tl.int64) + i_b * SPAN
     b_q = tile(q + row * (H * G * K) + i_h * K, o_t, m_t, H * G * K, K, BK)  # [SPAN, BK]
-    b_k = tile(k + row * (H * K) + i_kh * K, o_t, m_t, H * K, K, BK)  # [SPAN, BK]
-    b_own = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1) * scale
+    b_own = own_logits(b_q, k + row * (H * K) + i_kh * K, o_t, m_t, scale, H * K, K, BK)
     slot = first_slot(cu_seqlens, n, bos, T, SPAN)
     p_since, _, _ = gate_sums(sums, i_h, slot + i_b, intervals, H * G)
-    reach = tl.max(tl.where(m_t, tl.load(p_since + o_t) - b_own, float("-inf")), 0)
+    reach = tl.max(tl.load(p_since + o_t) - b_own, 0)
     p_total, p_rise, p_norm = gate_marks(marks, i_h, i_kh, slot, intervals, H * G)
     norm = largest_norm(b_q) * scale
     first = first_interval_needed(p_total, p_rise, p_norm, i_b, norm, reach, floor)

@@ -227,6 +227,16 @@ def pair_weights(
 
 
 @triton.jit
+def steep(s_all, there):
+    """Whether a chunk's tokens decay to less than a sixteenth each, on average.
+
+    What they leave is then small beside a token's pair with itself, which has no decay, and in a
+    sum with it would lose the digits that the gate's gradient is made of.
+    """
+    return s_all < -4.0 * there
+
+
+@triton.jit
 def step_weights(sums, rests, gamma, token, there, C: tl.constexpr, REVERSE: tl.constexpr):
     """2 to the power of the decays into each token and from behind it to the end; that over all.
 

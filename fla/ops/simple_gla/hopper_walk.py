@@ -35,7 +35,7 @@ from fla.ops.common.hopper import (
 )
 from fla.ops.common.kernels import LARGEST_EXPONENT, LOG2E, cdiv, power
 from fla.ops.common.launch import launch
-from fla.ops.simple_gla.blocks import Call
+from fla.ops.simple_gla.blocks import Call, steep
 from fla.ops.simple_gla.hopper_blocks import (
     C,
     leading,
@@ -202,11 +202,13 @@ def put_rows(rows, parts, places, n, scale):
 
 @gluon.jit
 def weigh(
-    rows, x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, r_tiles, s_tiles, places, gamma, scale,
-    more, REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr, SUMMED: gl.constexpr,
+    rows, x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, d_tiles, r_tiles, s_tiles, places,
+    gamma, scale, more, REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr,
+    SUMMED: gl.constexpr,
 ):  # fmt: skip
     """A chunk's pairs a = w (x·y); u, its z as they are added to the state; weights of x; rows.
 
+    Where rows are wanted and decays ``steep``, pairs of tokens with themselves stand apart, in d.
     Weights of tokens that are not there may be any number.
     """
     BACK: gl.constexpr = REVERSE != GRADIENT
@@ -216,6 +218,7 @@ def weigh(
     COLUMN: gl.constexpr = gl.SliceLayout(0, PAIRS)
     PARTED: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [1, 4], [1, 0])
     m = seen(BACK, PAIRS)
+    m_own = m & seen(not BACK, PAIRS)
     b_most = gl.where(m, LARGEST_EXPONENT, float("-inf"))  # as in ``power``
     n = 0
     while more:
@@ -245,6 +248,11 @@ def weigh(
             b_u = b_z.to(gl.float32) * b_p[:, None]
             u_tiles.index(n % AHEAD).reshape([C, BZ]).store(b_u.to(b_z.dtype))
             b_a = warpgroup_mma_wait(0, deps=(b_a,))
+            if rows is not None:
+                apart = m_own & steep(s_all, there)
+                b_d = gl.sum(gl.where(apart, b_a, 0.0), 1)
+                d_tiles.index(n % AHEAD).store(b_d.to(d_tiles.dtype))
+                b_a = gl.where(apart, 0.0, b_a)
             b_a = b_a * b_w
         else:
             b_a = warpgroup_mma_wait(0, deps=(b_a,))
@@ -266,11 +274,11 @@ def weigh(
 
 @gluon.jit
 def carry_on(
-    o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles, o_tiles, r_tiles,
-    s_tiles, places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z, more, behind,
-    N, T, begin, stop, H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
-    GRADIENT: gl.constexpr, TURNED: gl.constexpr, V_FIRST: gl.constexpr, GATED: gl.constexpr,
-    SUMMED: gl.constexpr,
+    o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles, d_tiles, o_tiles,
+    r_tiles, s_tiles, places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z, more,
+    behind, N, T, begin, stop, H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr,
+    REVERSE: gl.constexpr, GRADIENT: gl.constexpr, TURNED: gl.constexpr, V_FIRST: gl.constexpr,
+    GATED: gl.constexpr, SUMMED: gl.constexpr,
 ):  # fmt: skip
     """Carry the state from chunk to chunk, and put out = scale (w (x·S) + a z), and rows.
 
@@ -279,7 +287,8 @@ def carry_on(
 
     The gate's gradient is what is left between rows of two walks.  Each pair of tokens is in both,
     once through either walk's state.  Both have a key, or a query, with its weight and rounded: so
-    has each row here, and what is rounded alike leaves nothing between them.
+    has each row here, and what is rounded alike leaves nothing between them.  Where decays are
+    ``steep``, rows are without tokens' pairs with themselves.
     """
     SPLIT: gl.constexpr = rows is not None  # what bf16 leaves of the state is another operand
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128 if X > 128 else X, 16])
@@ -322,7 +331,8 @@ def carry_on(
                 b_l = gl.convert_layout((b_s - b_h).to(o_desc.dtype), LEFT)
                 b_o = warpgroup_mma(b_l, turned, b_o, is_async=True)
             if GATED:
-                b_s = b_s * power(sum_of(s_tiles, gamma, n, there, REVERSE, SUMMED))
+                s_all = sum_of(s_tiles, gamma, n, there, REVERSE, SUMMED)
+                b_s = b_s * power(s_all)
             a_ring.wait(n)
             # The state's product before the wait for the output's, behind which ptxas would move
             # what is done above
@@ -345,12 +355,15 @@ def carry_on(
                 b_o = b_o * b_q[None, :]
             b_o = warpgroup_mma(z_turned, a_ring.tile(n).permute((1, 0)), b_o, is_async=True)
             b_o, b_s = warpgroup_mma_wait(0, deps=(b_o, b_s))
-            o_tile = o_tiles.index(n % 2).reshape([C, BZ])
-            o_tile.permute((1, 0)).store((b_o * scale).to(o_desc.dtype))
             if SPLIT:
                 # of a row's 64 products, a column here, each thread has two
                 b_r = (b_f + b_o * b_b).reshape([4, 2, 8, C])
                 r_tiles.index(n % AHEAD).store(gl.sum(b_r, 1).reshape([PARTS, C]))
+                if steep(s_all, there):
+                    b_d = d_tiles.index(n % AHEAD).load(_COLUMN).to(gl.float32)
+                    b_o += b_d[None, :] * z_turned.load(_ACC).to(gl.float32)
+            o_tile = o_tiles.index(n % 2).reshape([C, BZ])
+            o_tile.permute((1, 0)).store((b_o * scale).to(o_desc.dtype))
             tma.store_wait(0)  # of the last chunk, so that the next may be laid down
             fence_async_shared()
             gl.thread_barrier()
@@ -420,6 +433,7 @@ def hopper_walk_kernel(
     # is not used: its memory would be that of a tile, and its beginning be seen there.
     u_tiles = a_ring.tiles
     q_tiles = a_ring.tiles
+    d_tiles = a_ring.tiles
     r_tiles = a_ring.tiles
     s_tiles = a_ring.tiles
     b_ring = z_ring
@@ -431,6 +445,7 @@ def hopper_walk_kernel(
         s_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, C], VECTOR)
     if rows is not None:
         b_ring = Ring(new_tiles(b_desc, STAGES), x_ring.ready, x_ring.empty)
+        d_tiles = gl.allocate_shared_memory(o_desc.dtype, [AHEAD, C], VECTOR)
         r_tiles = gl.allocate_shared_memory(gl.float32, [AHEAD, PARTS, C], _PARTS)
     fence_async_shared()
     gl.warp_specialize(
@@ -439,16 +454,16 @@ def hopper_walk_kernel(
                 carry_on,
                 (
                     o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles,
-                    o_tiles, r_tiles, s_tiles, places, gamma, start, carry, end, cu_seqlens, scale,
-                    i_b, i_h, i_z, more, behind, N, T, begin, stop,
+                    d_tiles, o_tiles, r_tiles, s_tiles, places, gamma, start, carry, end,
+                    cu_seqlens, scale, i_b, i_h, i_z, more, behind, N, T, begin, stop,
                     H, X, Z, REVERSE, GRADIENT, TURNED, V_FIRST, GATED, SUMMED,
                 ),
             ),
             (
                 weigh,
                 (
-                    rows, x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, r_tiles, s_tiles,
-                    places, gamma, scale, more, REVERSE, GRADIENT, GATED, SUMMED,
+                    rows, x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, d_tiles, r_tiles,
+                    s_tiles, places, gamma, scale, more, REVERSE, GRADIENT, GATED, SUMMED,
                 ),
             ),
             (

@@ -30,7 +30,7 @@ from fla.ops.common.kernels import (
     sequences_in,
 )
 from fla.ops.common.launch import launch
-from fla.ops.simple_gla.blocks import Call, Line, pair_weights, seen, step_weights
+from fla.ops.simple_gla.blocks import Call, Line, pair_weights, seen, steep, step_weights
 
 NORMALIZER_EPS = tl.constexpr(1e-10)
 
@@ -85,7 +85,8 @@ def walk_kernel(
     ``start`` and ``end`` are then gradients of states, which are held without ``scale``.
 
     For the gate's gradient ``rows`` [blocks, H, tokens] are out·beside.  It is what is left between
-    the rows of two walks: states then keep the digits that the rounding of operands would take.
+    the rows of two walks: states then keep the digits that the rounding of operands would take, and
+    where decays are ``steep``, rows are without tokens' pairs with themselves.
     """
     D: tl.constexpr = x.dtype.element_ty
     NX: tl.constexpr = (X + BX - 1) // BX
@@ -212,7 +213,24 @@ def walk_kernel(
                 b_a *= b_w
             if norm is not None and GRADIENT:
                 b_a *= b_n[None, :]
-            b_o = product(operand(b_a, D, PRECISION), b_z, b_o, PRECISION) * scale
+            if rows is not None:
+                apart = steep(s_all, there)
+                m_own = o_c[:, None] == tl.where(apart, o_c, -1)[None, :]
+                b_own = tl.sum(tl.where(m_own, b_a, 0.0), 1)  # [C]
+                b_a = tl.where(m_own, 0.0, b_a)
+            b_o = product(operand(b_a, D, PRECISION), b_z, b_o, PRECISION)
+            if rows is not None:
+                b_t = tl.sum(b_o * b_beside.to(tl.float32), 1)  # [C]
+                if NORMED:
+                    b_t *= b_n
+                if SPLIT:
+                    b_t += b_r
+                tl.store(rows + token + o_c, b_t * scale, mask=m_t)
+                if apart:
+                    # made anew, for to keep it would take the registers of all chunks
+                    b_d = tl.where(m_own, b_own[:, None], 0.0)  # [C, C]
+                    b_o = product(operand(b_d, D, PRECISION), b_z, b_o, PRECISION)
+            b_o *= scale
             if NORMED:
                 b_o *= b_n[:, None]
             if dnorm is not None:
@@ -238,11 +256,6 @@ def walk_kernel(
                 tl.store(p_n, b_n, mask=(o_c < length - c * C) & (i_z == 0))
             m_o = (o_c < length - c * C)[:, None] & m_z
             tl.store(out + at_z + p_z, b_o.to(out.dtype.element_ty), mask=m_o)
-            if rows is not None:
-                b_t = tl.sum(b_o * b_beside.to(tl.float32), 1)  # [C]
-                if SPLIT:
-                    b_t += b_r * scale
-                tl.store(rows + token + o_c, b_t, mask=m_t)
         if end is not None:
             p = end + at * (X * Z)
             store_state(p, b_s * s_held, o_x, o_z, X, Z, TURNED != V_FIRST, closes)
