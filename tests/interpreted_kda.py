@@ -101,6 +101,14 @@ def test_kernels_agree_with_eager(case, chunk):
         agree(*operands(**CASES[case]), bound=FP32)
 
 
+def test_where_there_is_less_shared_memory():
+    """Blocks of half the value channels, and of half the channels in products between tokens."""
+    from fla.ops.kda import launches
+
+    with mock.patch.object(launches, "shared_memory", lambda device: 99):
+        agree(*operands(20, 200, 16, gate="mixed"), bound=FP32)
+
+
 @pytest.mark.parametrize("size", [2.0**-40, 2.0**40])
 def test_gradients_that_are_small_or_large(size):
     """As of a mean over many tokens, under gates that are nearly open."""

@@ -18,9 +18,28 @@ import sanitizer
 import torch
 from shapes import shape_of, spec_named
 
+from fla.ops.common.dispatch import use
 from fla.testing import OpSpec, Shape
 from fla.testing.compare import named_results
 
+# KiB of shared memory that a program may have on sm_90
+MOST = 227
+# dtype, K, V and KiB: between them they meet every line, each with the most channels that it takes
+CASES = (
+    (torch.bfloat16, 64, 64, MOST),
+    (torch.bfloat16, 64, 64, 99),
+    (torch.bfloat16, 128, 128, MOST),
+    (torch.bfloat16, 128, 128, 163),
+    (torch.bfloat16, 128, 128, 99),
+    (torch.bfloat16, 256, 512, 99),
+    (torch.float32, 64, 64, MOST),
+    (torch.float32, 64, 64, 163),
+    (torch.float32, 128, 128, 163),
+    (torch.float32, 128, 128, 99),
+    (torch.float32, 256, 256, MOST),
+    (torch.float32, 256, 256, 163),
+    (torch.float32, 256, 256, 99),
+)
 _HEADS = ((64, 64), (128, 128), (256, 512), (20, 33), (96, 130))
 _DENSE, _PACKED = (200,), (0, 130, 0, 257, 1, 0)
 _FEW, _FEW_PACKED = (3,), (0, 3, 1, 0)
@@ -32,7 +51,7 @@ _HOPPER_SIZES = ((128, 128), (64, 64), (64, 128), (128, 64), (128, 256))
 
 
 class Launch(NamedTuple):
-    """A call, whose sequences may fall into ``segments``."""
+    """A call on a GPU with ``limit`` KiB of shared memory, which may fall into ``segments``."""
 
     name: str
     dtype: torch.dtype
@@ -42,6 +61,7 @@ class Launch(NamedTuple):
     lengths: tuple[int, ...]
     group: int = 2
     segments: bool = False
+    limit: int = MOST
 
     @property
     def spec(self) -> OpSpec:
@@ -51,14 +71,28 @@ class Launch(NamedTuple):
     def shape(self) -> Shape:
         return shape_of(self.lengths, K=self.K, V=self.V, group=self.group)
 
-    def as_told(self):
-        """Inside, long sequences fall into segments, or none does."""
+    @contextlib.contextmanager
+    def as_told(self) -> Iterator[None]:
+        """Inside, long sequences fall into segments, or none does, and kernels run as there."""
         from fla.ops.kda import launches
 
-        many, few = 1, {}
-        if self.segments:
-            many, few = 1 << 20, {"SHORTEST_SEGMENT": 1, "FEWEST_SEGMENTS": 2}
-        return mock.patch.multiple(launches, multiprocessors=lambda device: many, **few)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(divided(self.segments))
+            if self.limit < MOST:  # where there are no kernels for Hopper
+                shared = mock.patch.object(launches, "shared_memory", lambda device: self.limit)
+                stack.enter_context(shared)
+                stack.enter_context(use("triton"))
+            yield
+
+
+def divided(segments: bool):
+    """Inside, long sequences fall into segments, or none does."""
+    from fla.ops.kda import launches
+
+    many, few = 1, {}
+    if segments:
+        many, few = 1 << 20, {"SHORTEST_SEGMENT": 1, "FEWEST_SEGMENTS": 2}
+    return mock.patch.multiple(launches, multiprocessors=lambda device: many, **few)
 
 
 def _constant(decay):
@@ -94,6 +128,15 @@ def chunked() -> Iterator[Launch]:
     yield Launch(name, torch.float16, 256, 64, "plain", (70,))
     yield Launch(name, torch.float32, 256, 64, "growth", (70,))
     yield Launch(name, torch.bfloat16, 128, 128, "bound alone", _DENSE, group=1)
+
+
+def limited() -> Iterator[Launch]:
+    """The lines for GPUs with less shared memory, and what else is launched there."""
+    name = "chunk_kda"
+    for dtype, K, V, limit in (*CASES, (torch.float16, 128, 128, 99), (torch.float16, 256, 64, 99)):
+        if limit < MOST:
+            yield Launch(name, dtype, K, V, "raw, softplus, doubled", _DENSE, limit=limit)
+            yield Launch(name, dtype, K, V, "state", _PACKED, segments=True, limit=limit)
 
 
 def recurrent() -> Iterator[Launch]:
@@ -148,7 +191,7 @@ class HopperCase(NamedTuple):
     def as_told(self, scan):
         """Inside, ``scan``, the module, and what divides sequences do so."""
         with (
-            Launch.as_told(self),
+            divided(self.segments),
             mock.patch.object(
                 scan, "multiprocessors", lambda _: 0 if self.partitions == 2 else 1 << 20
             ),
@@ -166,7 +209,7 @@ def hopper_cases() -> Iterator[HopperCase]:
 
 
 def main(part: int | None = None, parts: int = 1) -> None:
-    calls = small() if part is None else (*chunked(), *recurrent(), *gates())
+    calls = small() if part is None else (*chunked(), *limited(), *recurrent(), *gates())
     for launch in itertools.islice(calls, part, None, parts):
         arguments = launch.spec.arguments(launch.shape, launch.variant, launch.dtype, "cuda")
         with launch.as_told():

@@ -24,7 +24,9 @@ pytestmark = pytest.mark.gpu
 PARTS = 8
 
 
-@pytest.mark.parametrize("launch", [*kda_calls.chunked(), *kda_calls.recurrent()], ids=str)
+@pytest.mark.parametrize(
+    "launch", [*kda_calls.chunked(), *kda_calls.limited(), *kda_calls.recurrent()], ids=str
+)
 def test_every_launch(launch):
     with launch.as_told():
         check_launch(launch.spec, launch.shape, launch.variant, launch.dtype)

@@ -48,18 +48,34 @@ def unit(b_x, ENABLED: tl.constexpr):
 
 
 @triton.jit
-def pairs(r_x, r_y, b_inverse, b_x, b_y, PRECISION: tl.constexpr):
+def over_channels(b_x, b_y, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """x [C, BK] y [BK, C], in products over BLOCK channels: all of them, or half.
+
+    A product has its operands in shared memory, those of tf32×3 twice.
+    """
+    if BLOCK < b_x.shape[1]:
+        b_x0, b_x1 = tl.split(b_x.reshape([b_x.shape[0], 2, BLOCK]).permute(0, 2, 1))
+        b_y0, b_y1 = tl.split(b_y.reshape([2, BLOCK, b_y.shape[1]]).permute(1, 2, 0))
+        b_sum = tl.dot(b_x0, b_y0, input_precision=PRECISION)
+        b_sum = tl.dot(b_x1, b_y1, b_sum, input_precision=PRECISION)
+    else:
+        b_sum = tl.dot(b_x, b_y, input_precision=PRECISION)
+    return b_sum
+
+
+@triton.jit
+def pairs(r_x, r_y, b_inverse, b_x, b_y, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     """Rows of M or A [C, C]: with keys of their own block, of the one before, and of two before."""
     C: tl.constexpr = b_x.shape[1]
     o_c = tl.arange(0, C)
     block = o_c // TILE
     m_own = (block[:, None] == block[None, :]) & (o_c[:, None] >= o_c[None, :])
     b_rows = tl.trans(tile(r_x))  # [C, BK]
-    b_own = tl.dot(b_rows, b_inverse, input_precision=PRECISION)
-    b_pairs = tl.dot(b_rows, b_x, input_precision=PRECISION)
+    b_own = over_channels(b_rows, b_inverse, BLOCK, PRECISION)
+    b_pairs = over_channels(b_rows, b_x, BLOCK, PRECISION)
     b_pairs = tl.where(m_own, b_own, tl.where(level_mask(4, C), b_pairs, 0.0))
     if C == 64:
-        b_far = tl.dot(tl.trans(tile(r_y)), b_y, input_precision=PRECISION)
+        b_far = over_channels(tl.trans(tile(r_y)), b_y, BLOCK, PRECISION)
         b_pairs = tl.where(level_mask(5, C), b_far, b_pairs)
     return b_pairs
 
@@ -70,7 +86,8 @@ def intra_kernel(
     queries, keys, scale, lower_bound, T, rows, H, HV, K,
     C: tl.constexpr, BK: tl.constexpr,
     QK_L2NORM: tl.constexpr, GATE: tl.constexpr, FORGETS: tl.constexpr,
-    BETA_SIGMOID: tl.constexpr, BETA_RANGE: tl.constexpr, PRECISION: tl.constexpr,
+    BETA_SIGMOID: tl.constexpr, BETA_RANGE: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a chunk is to the state and its tokens to one another, for one chunk of one value head.
 
@@ -160,7 +177,7 @@ def intra_kernel(
     o_pairs = place * (C * C) + o_c[:, None] * C + o_c[None, :]
     if queries is not None:
         b_ki = tile(r_ki)
-        b_a = pairs(r_x, r_y, b_ki, b_x, b_y, PRECISION)
+        b_a = pairs(r_x, r_y, b_ki, b_x, b_y, BLOCK, PRECISION)
         tl.store(keys + o_pairs, b_a.to(dtype))
     b_factor = unit(joined(r_q), QK_L2NORM)
     tl.store(factors + o_c, b_factor.reshape([C]))
@@ -175,7 +192,7 @@ def intra_kernel(
         r_x += (b_qd.to(dtype),)
         r_y += ((b_qd * b_far).to(dtype),)
     if queries is not None:
-        b_m = pairs(r_x, r_y, b_ki, b_x, b_y, PRECISION)
+        b_m = pairs(r_x, r_y, b_ki, b_x, b_y, BLOCK, PRECISION)
         tl.store(queries + o_pairs, b_m.to(dtype))
 
 
@@ -183,9 +200,13 @@ def intra_kernel(
 def halving_kernel(
     q, k, g, A_log, dt_bias, cu_seqlens, factors, near, queries, keys,
     scale, lower_bound, T, rows, H, HV, K,
-    C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The pairs in blocks of ``intra_kernel`` again, for rows behind the first ``near`` of each."""
+    """The pairs in blocks of ``intra_kernel`` again, for rows behind the first ``near`` of each.
+
+    They are summed up over BLOCK channels at a time.
+    """
     BLOCKS: tl.constexpr = C // TILE
     i_slot = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV
@@ -199,33 +220,35 @@ def halving_kernel(
     dtype: tl.constexpr = keys.dtype.element_ty
     i_h = i_hv // (HV // H)
     o_c = tl.arange(0, C)
-    o_k = tl.arange(0, BK)
     token = start + i_c * C
     b_near = b_near[:, None] + tl.zeros([BLOCKS, TILE], tl.int32)
     m_far = (o_c % TILE >= b_near.reshape([C]))[:, None]
-    m = (o_k < K)[:, None] & (i_c * C + o_c < live)[None, :]
-    o_x = (token + o_c)[None, :] * (H * K) + i_h * K + o_k[:, None]
-    o_g = (token + o_c)[None, :] * (HV * K) + i_hv * K + o_k[:, None]
     factors += place * (2 * C)
     rate = load_rate(A_log, i_hv, GATE)
-    b_raw = tl.load(g + o_g, m, 0)  # [BK, C]
-    _, b_g = gates_of(b_raw, rate, dt_bias, lower_bound, o_k, m, i_hv, K, GATE)
-    b_q = tl.load(q + o_x, m, 0).to(tl.float32) * (tl.load(factors + o_c) * scale)[None, :]
-    b_k = tl.load(k + o_x, m, 0).to(tl.float32) * tl.load(factors + C + o_c)[None, :]
     o_pairs = place * (C * C) + o_c[:, None] * C + o_c[None, :]
     block = o_c // TILE
-    m_own = m_far & (block[:, None] == block[None, :]) & (o_c[:, None] >= o_c[None, :])
-    b_own = tl.where(o_c[:, None] == o_c[None, :], tl.sum(b_q * b_k, 0)[:, None], 0.0)
-    b_a = tl.where(m_own, 0.0, tl.load(keys + o_pairs).to(tl.float32))
-    b_m = tl.where(m_own, b_own, tl.load(queries + o_pairs).to(tl.float32))
-    for level in range(4):
-        b_decay = power(sums(b_g, segment_mask(level, C), dtype))
-        b_key = (b_k * b_decay).to(dtype)
-        b_query = (b_q * b_decay).to(dtype)
-        m_level = level_mask(level, C) & m_far
-        b_pairs = tl.dot(tl.trans(b_key), b_key, input_precision=PRECISION)
-        b_a = tl.where(m_level, b_pairs, b_a)
-        b_pairs = tl.dot(tl.trans(b_query), b_key, input_precision=PRECISION)
-        b_m = tl.where(m_level, b_pairs, b_m)
+    m_block = m_far & (block[:, None] == block[None, :]) & (o_c[:, None] >= o_c[None, :])
+    m_own = m_far & (o_c[:, None] == o_c[None, :])
+    b_a = tl.where(m_block, 0.0, tl.load(keys + o_pairs).to(tl.float32))
+    b_m = tl.where(m_block, 0.0, tl.load(queries + o_pairs).to(tl.float32))
+    for at in tl.static_range(0, BK, BLOCK):
+        o_k = at + tl.arange(0, BLOCK)
+        m = (o_k < K)[:, None] & (i_c * C + o_c < live)[None, :]
+        o_x = (token + o_c)[None, :] * (H * K) + i_h * K + o_k[:, None]
+        o_g = (token + o_c)[None, :] * (HV * K) + i_hv * K + o_k[:, None]
+        b_raw = tl.load(g + o_g, m, 0)  # [BLOCK, C]
+        _, b_g = gates_of(b_raw, rate, dt_bias, lower_bound, o_k, m, i_hv, K, GATE)
+        b_q = tl.load(q + o_x, m, 0).to(tl.float32) * (tl.load(factors + o_c) * scale)[None, :]
+        b_k = tl.load(k + o_x, m, 0).to(tl.float32) * tl.load(factors + C + o_c)[None, :]
+        b_m = tl.where(m_own, b_m + tl.sum(b_q * b_k, 0)[:, None], b_m)
+        for level in range(4):
+            b_decay = power(sums(b_g, segment_mask(level, C), dtype))
+            b_key = (b_k * b_decay).to(dtype)
+            b_query = (b_q * b_decay).to(dtype)
+            m_level = level_mask(level, C) & m_far
+            b_pairs = tl.dot(tl.trans(b_key), b_key, input_precision=PRECISION)
+            b_a = tl.where(m_level, b_a + b_pairs, b_a)
+            b_pairs = tl.dot(tl.trans(b_query), b_key, input_precision=PRECISION)
+            b_m = tl.where(m_level, b_m + b_pairs, b_m)
     tl.store(keys + o_pairs, b_a.to(dtype))
     tl.store(queries + o_pairs, b_m.to(dtype))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.common.boundary import absent
-from fla.ops.common.kernels import cdiv, dense, multiprocessors, power_of_two
+from fla.ops.common.kernels import cdiv, dense, multiprocessors, power_of_two, shared_memory
 from fla.ops.common.launch import launch
 from fla.ops.common.sequences import Sequences
 from fla.ops.common.workspace import Wanted, bytes_of, new_parts, parts_of
@@ -34,14 +34,47 @@ class Launch(NamedTuple):
     stages: int = 1
 
 
-# On rows [4, BK], one token of each block of 16: a thread has all tokens of its channels.
-INTRA_WARPS = 4
-# Sᵀ [64, BK] is one warpgroup's accumulator; with V split in two, 64 heads fill the chip.
-SCAN = Launch(64, 4)
-# Where one operand of a token takes 1 KB, four warps would spill half of them.
-WIDE_SCAN = Launch(64, 8)
-# Both scans at once fill it with V whole: two warpgroups, and operands are read once.
-SCANS = Launch(128, 8, 2)
+class Line(NamedTuple):
+    """A launch for workspaces of elements of up to ``bytes`` and of up to BK channels.
+
+    ``shared`` is the most shared memory, in KiB, that it takes on GPUs with less than 227; what the
+    tensor cores of sm_90 and sm_100 take beyond it, these have.
+    """
+
+    bytes: int
+    BK: int
+    block: int
+    warps: int
+    stages: int
+    shared: int
+
+
+# Blocks of value channels: Sᵀ [64, BK] is one warpgroup's accumulator, and with V split in two, 64
+# heads fill the chip.  As many chunks are in flight as shared memory holds.
+SCANS = (
+    Line(2, 64, 64, 4, 3, shared=106),
+    Line(2, 64, 64, 4, 2, shared=58),
+    Line(2, 128, 64, 4, 3, shared=170),
+    Line(2, 128, 64, 4, 2, shared=98),
+    Line(2, 256, 64, 4, 2, shared=94),
+    # tf32x3 holds each operand twice
+    Line(4, 64, 64, 4, 3, shared=210),
+    Line(4, 64, 64, 4, 2, shared=114),
+    Line(4, 128, 64, 4, 2, shared=130),
+    Line(4, 128, 64, 4, 1, shared=65),
+    Line(4, 256, 64, 8, 1, shared=129),  # four warps would spill half of a token's 1 KB
+    Line(4, 256, 32, 4, 1, shared=65),  # for GPUs with little shared memory
+)
+# Both scans at once fill the chip with V whole: two warpgroups, and operands are read once.
+BOTH = Line(2, 128, 128, 8, 2, shared=114)
+# On rows [4, BK], one token of each block of 16, a thread has all tokens of its channels.  Blocks
+# of these are what products between tokens take at once: all, where shared memory holds them.
+PAIRS = (
+    Line(2, 256, 256, 4, 1, shared=65),
+    Line(4, 128, 128, 4, 1, shared=97),
+    Line(4, 256, 256, 4, 1, shared=193),
+    Line(4, 256, 128, 4, 1, shared=97),  # for GPUs with little shared memory
+)
 # The next block of V is on its way while one is multiplied.
 THROUGH = Launch(64, 4, 2)
 # Tiles [64, 16], one warpgroup's rows.
@@ -55,12 +88,6 @@ FEWEST_SEGMENTS = 4
 def chunk(BK: int, dtype: torch.dtype) -> int:
     """Tokens of a chunk, whatever the caller says: 64 where a scan's operands fit on the chip."""
     return 64 if BK * dtype.itemsize <= 256 else 32
-
-
-def pipeline(BK: int, dtype: torch.dtype) -> int:
-    """Chunks of a scan in flight, as many as shared memory holds."""
-    width = BK * dtype.itemsize
-    return 3 if width <= 256 else 2 if width <= 512 else 1
 
 
 def _tiles(q: Tensor, options) -> tuple[torch.dtype, int, int]:
@@ -107,8 +134,14 @@ class Call:
         self.tail = (self.V, self.K) if options.state_v_first else (self.K, self.V)  # of a state
         self.empty = q.numel() == 0 or v.numel() == 0
         self.dtype, self.BK, self.C = _tiles(q, options)
-        self.stages = pipeline(self.BK, self.dtype)
-        self.scan = WIDE_SCAN if self.BK * self.dtype.itemsize > 512 else SCAN
+        self.scan, pairs = self.choose(SCANS), self.choose(PAIRS)
+        whole = self.BK == cdiv(self.V, 64) * 64 == BOTH.block
+        self.both = self.choose((BOTH, *SCANS)) if whole else self.scan
+        self.of_pairs = {
+            "BLOCK": min(pairs.block, self.BK),
+            "num_warps": pairs.warps,
+            "num_stages": pairs.stages,
+        }
         self.rows, self.slots = rows_and_slots(self.B, self.T, cu_seqlens, self.C)
         self.common = {
             "C": self.C,
@@ -123,6 +156,14 @@ class Call:
         steepest = math.inf if self.lower_bound is None else abs(self.lower_bound)
         self.all_near = TILE.value * steepest * math.log2(math.e) < ROOM.value
         self.forgets = options.gate and (self.lower_bound is None or self.lower_bound <= 0)
+
+    def choose(self, lines: tuple[Line, ...]) -> Line:
+        """The first line that takes this call on its GPU."""
+        size, shared = self.dtype.itemsize, shared_memory(self.q.device)
+        for line in lines:
+            if size <= line.bytes and self.BK <= line.BK and line.shared <= shared:
+                return line
+        raise RuntimeError(f"no launch configuration in {shared} KiB of shared memory")
 
     def new_state(self) -> Tensor:
         return self.q.new_empty(self.N, self.HV, *self.tail, dtype=torch.float32)
@@ -186,7 +227,7 @@ class Call:
             {
                 "H": self.H, "HV": self.HV, "K": self.K, **self.common, **self.beta_flags,
                 "QK_L2NORM": self.options.qk_l2norm, "GATE": self.options.gate,
-                "FORGETS": self.forgets, "num_warps": INTRA_WARPS, "num_stages": 1,
+                "FORGETS": self.forgets, **self.of_pairs,
             },
         )  # fmt: skip
 
@@ -213,7 +254,7 @@ class Call:
             (self.options.scale, self.lower_bound, self.T, self.rows),
             {
                 "H": self.H, "HV": self.HV, "K": self.K, **self.common,
-                "GATE": self.options.gate, "num_warps": 4, "num_stages": 1,
+                "GATE": self.options.gate, **self.of_pairs,
             },
         )  # fmt: skip
 
@@ -283,13 +324,13 @@ class Call:
                 "final_strides": final_strides, **self.common, "BV": BV, "VP": VP,
                 "COLUMNS": columns, "SUMMARISE": columns > VP,
                 "EVERY": 0 if h is None else self.options.chunk_size // self.C,
-                "num_warps": self.scan.warps, "num_stages": self.stages,
+                "num_warps": self.scan.warps, "num_stages": self.scan.stages,
             },
         )  # fmt: skip
 
     def scans(self, do, state, dstate, dinitial) -> None:
         VP = cdiv(self.V, 64) * 64
-        segment = self._segment(2 * self.N * self.HV * (VP // self._scans(VP).block))
+        segment = self._segment(2 * self.N * self.HV * (VP // self.both.block))
         self.both_values, self.both_states = new_parts(
             self.q,
             (self.dtype, 2, self.slots, self.HV, self.C, VP),
@@ -313,27 +354,22 @@ class Call:
             (dstate, self.dstates, self.solved, dinitial), (dstrides, self.strides(dinitial)),
         )  # fmt: skip
 
-    def _scans(self, VP: int) -> Launch:
-        whole = self.C == 64 and self.BK == VP == SCANS.block
-        return SCANS if whole else self.scan._replace(stages=self.stages)
-
     def run_scans(self, segment, columns, do, forward, strides, backward, dstrides) -> None:
         """``forward`` is the state, the states to write, w and the last state, and so on."""
         VP = cdiv(self.V, 64) * 64
-        BV, warps, stages = self._scans(VP)
         _, segments = rows_and_slots(self.B, self.T, self.cu_seqlens, segment)
         tile = self.HV * VP * self.BK, VP * self.BK, self.BK, 1
         launch(
             scans_kernel,
-            2 * segments * self.HV * (columns // BV),
+            2 * segments * self.HV * (columns // self.both.block),
             (self.v, do, *self._operands(), *forward, *backward),
             (segment, self.T, self.rows),
             {
                 **self._sizes(), "state_strides": strides[0], "states_strides": tile,
                 "final_strides": strides[1], "dstate_strides": dstrides[0],
-                "dfinal_strides": dstrides[1], **self.common, "BV": BV, "VP": VP,
+                "dfinal_strides": dstrides[1], **self.common, "BV": self.both.block, "VP": VP,
                 "COLUMNS": columns, "SUMMARISE": columns > VP,
-                "num_warps": warps, "num_stages": stages,
+                "num_warps": self.both.warps, "num_stages": self.both.stages,
             },
         )  # fmt: skip
 
