@@ -139,6 +139,31 @@ MUTANTS = [
         ATTN_TESTS,
     ),
     Mutant(
+        "what is lost in a sequence lost in others",
+        SOFTMAX,
+        "return cu_seqlens is not None and _on_host(cu_seqlens) and not finite(*tensors)",
+        "return False",
+    ),
+    Mutant(
+        "what a block without keys has read added",
+        SOFTMAX,
+        "masked_fill_(~self.there.any(1)[:, None, None, None], 0)",
+        "contiguous()",
+    ),
+    Mutant(
+        "a value that is not finite seen beyond its window",
+        SOFTMAX,
+        "seen[:, window:] -= seen[:, :-window].clone()",
+        "pass",
+        ATTN_TESTS,
+    ),
+    Mutant(
+        "a later value that is not finite seen",
+        LINEAR,
+        "b_v, beyond = apart(b_v)",
+        "beyond = None",
+    ),
+    Mutant(
         "scale on the gate forgotten in decoding",
         "fla/ops/attn/engine.py",
         "scale if do_gate_scale else 1.0)",
@@ -190,8 +215,8 @@ MUTANTS = [
     Mutant(
         "an overflow seen by earlier tokens",
         DELTA_PAIRS,
-        "return (lower @ x.nan_to_num(0, 0, 0)).add_(overflowed)",
-        "return lower @ x",
+        "x, overflowed = apart(x)",
+        "overflowed = None",
         KDA_TESTS,
     ),
     Mutant(

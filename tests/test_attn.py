@@ -305,6 +305,21 @@ def test_tokens_of_no_sequence_on_a_device(monkeypatch):
         assert relative_error(value, wanted) < 1e-12, name
 
 
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_value_that_is_not_finite_is_lost_where_it_is_seen(packed, window):
+    tensors, _, _ = operands(200)
+    bounds = torch.tensor([0, 50, 150, 200]) if packed else None
+    expected = parallel_attn(**tensors, window_size=window, cu_seqlens=bounds)
+    tensors["v"][:, 70, 1, 3] = torch.inf
+    found = parallel_attn(**tensors, window_size=window, cu_seqlens=bounds)
+    seeing = torch.zeros_like(found, dtype=torch.bool)
+    stop = 100 if window else 150 if packed else 200
+    seeing[:, 70:stop, 2:, 3] = True
+    assert torch.equal(found.isnan(), seeing)
+    torch.testing.assert_close(found[~seeing], expected[~seeing])
+
+
 # Ways to compute it
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fla.testing import Shape
 from fla.testing.compare import FP64_BOUND, _bound, measure, named_results, relative_error
-from fla.testing.spec import PER_SEQUENCE, one_sequence, spans
+from fla.testing.spec import PER_HEAD, PER_SEQUENCE, one_sequence, spans
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -91,6 +91,35 @@ def test_packed_equals_looped(spec, variant):
                 torch.testing.assert_close(each[n : n + 1], each_n)
 
 
+@every(lambda spec: spec.packed)
+def test_what_is_not_finite_stays_in_its_sequence(spec, variant):
+    """In the operands of some, or in the gradient of their outputs."""
+    arguments = spec.arguments(Shape.packed(5, 20, 9, 7, 0), variant)
+    spoilt = {5: [1, 3], 41: [*range(5, 25), *range(34, 41)]}  # of sequences, of tokens
+
+    def fill(x, value):
+        """A copy with ``value`` for the sequences 1 and 3 along dimension 0 or 1."""
+        dim = 0 if len(x) == 5 else 1
+        return x.index_fill(dim, torch.tensor(spoilt[x.shape[dim]]), value)
+
+    def with_gradients_spoilt(arguments):
+        return [x * fill(torch.ones_like(x), torch.nan) for x in spec.outputs(arguments)]
+
+    broken = {
+        name: fill(x, torch.nan)
+        if isinstance(x, Tensor) and x.is_floating_point() and name not in PER_HEAD
+        else x
+        for name, x in arguments.items()
+    }
+    expected = named_results(spec.outputs, arguments, spec.gradients)
+    for run, given in ((spec.outputs, broken), (with_gradients_spoilt, arguments)):
+        found = named_results(run, given, spec.gradients)
+        assert found["o"].isnan().any() or arguments.get("window_size") == 0
+        for name, x in found.items():
+            if name.removeprefix("d") not in PER_HEAD:
+                torch.testing.assert_close(fill(x, 0), fill(expected[name], 0))
+
+
 @every(lambda spec: spec.state)
 def test_split_with_state_equals_whole(spec, variant):
     arguments = {**spec.arguments(Shape(T=150), variant), "output_final_state": True}
@@ -121,15 +150,15 @@ def cut(arguments, start, stop):
 
 @every(lambda spec: spec.along_tokens)
 def test_a_later_token_never_changes_an_earlier_output(spec, variant):
-    """Bit for bit, whatever finite value comes later; its gate forgets."""
+    """Bit for bit, whatever value comes later; its gate forgets."""
     for dtype in (torch.float32, torch.bfloat16):
         arguments = spec.arguments(Shape(T=150), variant, dtype)
         if arguments.get("reverse"):
             return
         before, *_ = spec.outputs(arguments)
-        for at in (149, 100, 64, 17):
+        for at, change in ((149, later), (100, later), (64, later), (17, later), (100, lost)):
             changed = {
-                name: later(value, at) if name in {"q", "k", "v", "g", "beta"} else value
+                name: change(value, at) if name in {"q", "k", "v", "g", "beta"} else value
                 for name, value in arguments.items()
             }
             after, *_ = spec.outputs(changed)
@@ -139,6 +168,12 @@ def test_a_later_token_never_changes_an_earlier_output(spec, variant):
 def later(value, at):
     value = value.clone()
     value[:, at:] = value[:, at:] * 50 - 3
+    return value
+
+
+def lost(value, at):
+    value = value.clone()
+    value[:, at:] = torch.nan
     return value
 
 

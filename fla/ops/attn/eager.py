@@ -12,6 +12,7 @@ gate, and where rows see all keys before them, PyTorch's own attention for the C
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fla.ops.common.boundary import absent
 from fla.ops.common.device import accumulator
+from fla.ops.common.finite import finite
 
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
@@ -40,6 +42,13 @@ _STEEPEST_GATE = -1e6
 
 def forward(q, k, v, g, sink_bias, cu_seqlens, options):
     """Return o [B, T, HQ, V] and lse [B, HQ, T], finite where a row sees nothing too."""
+    if _to_be_parted(cu_seqlens, q, k, v, g):
+        each = [forward(*x, sink_bias, None, options) for x in _parts(cu_seqlens, q, k, v, g)]
+        o, lse = zip(*each, strict=True)
+        return torch.cat(o, 1), torch.cat(lse, 2)
+    spoilt = None
+    if _on_host(q) and not finite(v):
+        spoilt, v = ~v.isfinite(), v.nan_to_num(0, 0, 0)
     if _torch_serves(q, v, g, cu_seqlens, options):
         o, lse = _torch_forward(q, k, v, options)
     else:
@@ -48,7 +57,10 @@ def forward(q, k, v, g, sink_bias, cu_seqlens, options):
         sink = sink_bias.to(lse.dtype)[:, None]
         o = o * (lse - sink).sigmoid_().transpose(1, 2)[..., None]
         lse = torch.logaddexp(lse, sink)
-    return o.to(q.dtype).contiguous(), lse
+    o = o.to(q.dtype).contiguous()
+    if spoilt is not None:
+        _see(o, spoilt, options.window_size)
+    return o, lse
 
 
 def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
@@ -56,6 +68,12 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
 
     With D_i = do_i·o_i: dS_ij = p_ij (do_i·v_j − D_i), and the sink's share of the row is −p D_i.
     """
+    if _to_be_parted(cu_seqlens, q, k, v, g, do, o, lse):
+        parts = _parts(cu_seqlens, do, q, k, v, g, o, lse.mT)
+        each = [backward(*x, sink_bias, None, o, lse.mT, options) for *x, o, lse in parts]
+        *of_tokens, dsink = zip(*each, strict=True)
+        dq, dk, dv, dg = (torch.cat(x, 1 if x[0].dim() > 1 else 0) for x in of_tokens)
+        return dq, dk, dv, dg, torch.stack(dsink).sum(0)
     dg, dsink = absent(q), absent(q)
     if _torch_serves(q, v, g, cu_seqlens, options):
         dq, dk, dv, delta = _torch_backward(do, q, k, v, o, lse, options)
@@ -69,6 +87,26 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
         dsink = -(share * delta).sum((0, 2)).to(sink_bias.dtype)
     dq, dk, dv = (x.to(q.dtype).contiguous() for x in (dq, dk, dv))
     return dq, dk, dv, dg, dsink
+
+
+def _to_be_parted(cu_seqlens: Tensor | None, *tensors: Tensor | None) -> bool:
+    """Whether a block must not hold two sequences, lest 0 · NaN take NaN from one to the other."""
+    return cu_seqlens is not None and _on_host(cu_seqlens) and not finite(*tensors)
+
+
+def _parts(cu_seqlens: Tensor, *tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
+    """The tokens of each sequence that has any, of tensors [1, T, ...]."""
+    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+        if start < stop:
+            yield [None if x is None else x[:, start:stop] for x in tensors]
+
+
+def _see(o: Tensor, spoilt: Tensor, window: int | None) -> None:
+    """NaN into o [B, T, HQ, V] where a row sees one of the values ``spoilt`` [B, T, H, V]."""
+    seen = spoilt.cumsum(1)
+    if window is not None and window < o.shape[1]:
+        seen[:, window:] -= seen[:, :-window].clone()
+    o.unflatten(2, (seen.shape[2], -1)).masked_fill_(seen[:, :, :, None] > 0, torch.nan)
 
 
 def _torch_serves(q, v, g, cu_seqlens, options) -> bool:
@@ -481,7 +519,7 @@ class _KeyBlocks:
         """What stands ``step`` blocks later, zero where that is another sequence."""
         x = torch.nn.functional.pad(x[step:], (0, 0, 0, min(step, self.count)))
         other = torch.nn.functional.pad(self.sequence[step:], (0, min(step, self.count)), value=-1)
-        return x * (self.sequence == other)[:, None]
+        return x.masked_fill((self.sequence != other)[:, None], 0)
 
     def join(self, most: Tensor, total: Tensor, o: Tensor, sink_bias: Tensor | None) -> Tensor:
         """The output of each sequence from the parts of its blocks."""
@@ -496,5 +534,7 @@ class _KeyBlocks:
         if sink_bias is not None:
             sums += (sink - highest).exp2_()
         out = o.new_zeros(self.N, *o.shape[1:])
-        out.index_add_(0, self.sequence, o * weight[..., None])
+        # what a block without keys has read belongs to others
+        o = (o * weight[..., None]).masked_fill_(~self.there.any(1)[:, None, None, None], 0)
+        out.index_add_(0, self.sequence, o)
         return out / sums.masked_fill_(sums == 0, 1)[..., None]

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fla.ops.common.finite import apart
+
 
 def _half(exponent: Tensor) -> Tensor:
     """exp(exponent / 2), to be applied twice.
@@ -58,8 +60,8 @@ def causal(lower: Tensor, x: Tensor) -> Tensor:
 
     No token sees anything of a later one, not even that it overflowed (0 · inf).
     """
-    overflowed = (x * 0).sum(-1, keepdim=True).cumsum(-2)  # zero, NaN from there on
-    return (lower @ x.nan_to_num(0, 0, 0)).add_(overflowed)
+    x, overflowed = apart(x)
+    return lower @ x if overflowed is None else (lower @ x).add_(overflowed)
 
 
 @dataclasses.dataclass

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fla.ops.common.boundary import absent
 from fla.ops.common.device import accumulator
+from fla.ops.common.finite import apart
 from fla.ops.common.sequences import Carry, Chunks, Sequences
 
 NORMALIZER_EPS = 1e-10
@@ -69,7 +70,9 @@ def _output(walk: _Walk, run: _Run, carry: Carry, states: Tensor) -> Tensor:
     b_o = decay.rest.into(torch.bmm(decay.into(b_q), before))
     attention = decay.pairs(torch.bmm(b_q, b_k.mT))
     scale = walk.options.scale
-    return b_o.baddbmm_(attention, b_v, beta=scale, alpha=scale)
+    b_v, beyond = apart(b_v)
+    b_o.baddbmm_(attention, b_v, beta=scale, alpha=scale)
+    return b_o if beyond is None else b_o.add_(beyond)
 
 
 def backward(
@@ -196,7 +199,7 @@ class _Gate:
     """
 
     def __init__(self, g: Tensor):
-        grows = not g.is_cpu or bool((g.amax(-1) > 0).any())
+        grows = not g.is_cpu or bool((g > 0).any())
         self.halves = 2 if grows else 1
         self.later = _later(g, g.shape[-1])
         log2 = _log2(g, self.halves)
