@@ -52,18 +52,21 @@ def wide(arguments):
     return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments]
 
 
-def agree(arguments, do, dstate, bound):
-    """Compare with ``eager`` in fp64: o, the final state, and the gradient of every operand."""
+def agree(arguments, do, dstate, bound, keep=True, again=True):
+    """Compare with ``eager`` in fp64: o, the final state, and the gradient of every operand.
+
+    Operands of chunks are kept for the backward pass or made again, and it goes ``again`` over what
+    the forward pass left, as for a graph that is retained, and without that.
+    """
     from fla.ops.kda import triton as kernels
 
+    with mock.patch.object(kernels, "FEW_CHUNKS", kernels.FEW_CHUNKS if keep else 0):
+        o, final, _, kept = kernels.forward(*arguments)
+    found = dict(zip(NAMES, kernels.backward(do, dstate, *arguments, kept), strict=True))
+    for room in (kept, None) if again and kept is not None else ():
+        repeated = kernels.backward(do, dstate, *arguments, room)
+        assert all(torch.equal(found[x], y) for x, y in zip(NAMES, repeated, strict=True))
     expected = dict(zip(("o", "final"), eager.forward(*wide(arguments)), strict=False))
-    found = dict(zip(NAMES, kernels.backward(do, dstate, *arguments), strict=True))
-    for few in (kernels.FEW_CHUNKS, 0):  # operands kept, or made again
-        with mock.patch.object(kernels, "FEW_CHUNKS", few):
-            o, final, _, kept = kernels.forward(*arguments)
-            for _ in range(2):  # a graph that is retained
-                again = kernels.backward(do, dstate, *arguments, kept)
-                assert all(torch.equal(found[x], y) for x, y in zip(NAMES, again, strict=True))
     reference = eager.backward(do.double(), dstate.double(), *wide(arguments))
     expected.update(zip(NAMES, reference, strict=True))
     found |= {"o": o, "final": final}
@@ -95,10 +98,12 @@ CASES = {
 @pytest.mark.parametrize("chunk", [32, 64])
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_agree_with_eager(case, chunk):
+    """Each case keeps operands with one size of chunks, and makes them again with the other."""
     from fla.ops.kda import launches
 
+    keep = (list(CASES).index(case) % 2 == 0) == (chunk == 64)
     with mock.patch.object(launches, "chunk", lambda *sizes: chunk):
-        agree(*operands(**CASES[case]), bound=FP32)
+        agree(*operands(**CASES[case]), bound=FP32, keep=keep)
 
 
 def test_where_there_is_less_shared_memory():
@@ -122,8 +127,9 @@ def test_gradients_that_are_small_or_large(size):
     assert max(errors) < FP32, errors
 
 
-def test_fp16():
-    agree(*operands(35, 20, 24, torch.float16, gate="mixed"), bound=1e-3)
+@pytest.mark.parametrize("keep", [False, True])
+def test_fp16(keep):
+    agree(*operands(35, 20, 24, torch.float16, gate="mixed"), bound=1e-3, keep=keep)
 
 
 def test_segments_are_joined():
@@ -132,9 +138,10 @@ def test_segments_are_joined():
     few = {"SHORTEST_SEGMENT": 1, "FEWEST_SEGMENTS": 2}
     with mock.patch.multiple(launches, multiprocessors=lambda device: 6, **few):
         agree(*operands(170, 16, 24), bound=FP32)
-        agree(*operands(150, 16, 24, lengths=(0, 100, 50, 0), gate="mixed"), bound=FP32)
+        packed = operands(150, 16, 24, lengths=(0, 100, 50, 0), gate="mixed")
+        agree(*packed, bound=FP32, keep=False, again=False)
     with mock.patch.multiple(launches, multiprocessors=lambda device: 12, **few):
-        agree(*operands(100, 100, 24), bound=FP32)  # of more than one piece
+        agree(*operands(100, 100, 24), bound=FP32, again=False)  # of more than one piece
 
 
 def test_states_before_chunks():
