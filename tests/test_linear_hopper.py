@@ -97,7 +97,7 @@ for steep in (-5.0, -20.0):
     with mock.patch.object(stages, "SMALLEST", 1):
         given = do, None, None, *inputs, *[None] * 8
         dg = stages.backward(*given, engine.Options(1 / 8))[3]
-    assert (dg - expected).norm() < 1e-3 * expected.norm()
+    assert (dg - expected).norm() < 5e-3 * expected.norm()  # gates' sums have 16-bit digits
 
 # The weights of tokens that are not there are as large as steep decays make them
 q, k, v, do = torch.randn(4, 1, 100, 2, 64)
