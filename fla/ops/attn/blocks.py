@@ -24,6 +24,7 @@ from fla.ops.common.kernels import (
     LOG2E,
     SEARCH,
     cdiv,
+    first_line,
     first_slot,
     power_of_two,
     sequence,
@@ -120,11 +121,12 @@ class Call:
     def choose(self, lines: tuple[Line, ...]) -> Line:
         """The first line that takes this call on its GPU."""
         size, K, V = self._sizes
-        for line in lines:
+
+        def takes(line: Line) -> bool:
             fits = size <= line.bytes and K <= line.K and V <= line.V
-            if fits and line.shared <= self.shared and line.long <= self.long:
-                return line
-        raise RuntimeError(f"no launch configuration in {self.shared} KiB of shared memory")
+            return fits and line.long <= self.long
+
+        return first_line(lines, self.shared, takes)
 
     def blocks(self, size: int) -> int:
         """How many blocks the grid of one head walks, whatever the boundaries.

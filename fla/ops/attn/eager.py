@@ -47,7 +47,7 @@ def forward(q, k, v, g, sink_bias, cu_seqlens, options):
         o, lse = zip(*each, strict=True)
         return torch.cat(o, 1), torch.cat(lse, 2)
     spoilt = None
-    if _on_host(q) and not finite(v):
+    if cu_seqlens is None and _on_host(q) and not finite(v):
         spoilt, v = ~v.isfinite(), v.nan_to_num(0, 0, 0)
     if _torch_serves(q, v, g, cu_seqlens, options):
         o, lse = _torch_forward(q, k, v, options)

@@ -10,7 +10,8 @@ alone, and no program needs more than the boundaries themselves.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
 import triton
@@ -150,6 +151,24 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _Line(Protocol):
+    @property
+    def shared(self) -> int: ...
+
+
+_AnyLine = TypeVar("_AnyLine", bound=_Line)
+
+
+def first_line(
+    lines: tuple[_AnyLine, ...], shared: int, takes: Callable[[_AnyLine], bool]
+) -> _AnyLine:
+    """The first launch configuration within ``shared`` KiB that ``takes`` a call."""
+    for line in lines:
+        if line.shared <= shared and takes(line):
+            return line
+    raise RuntimeError(f"no launch configuration in {shared} KiB of shared memory")
 
 
 @functools.cache

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from fla.ops.common.boundary import absent
-from fla.ops.common.kernels import cdiv, dense, multiprocessors, power_of_two, shared_memory
+from fla.ops.common.kernels import (
+    cdiv,
+    dense,
+    first_line,
+    multiprocessors,
+    power_of_two,
+    shared_memory,
+)
 from fla.ops.common.launch import launch
 from fla.ops.common.sequences import Sequences
 from fla.ops.common.workspace import Wanted, bytes_of, new_parts, parts_of
@@ -160,10 +167,7 @@ class Call:
     def choose(self, lines: tuple[Line, ...]) -> Line:
         """The first line that takes this call on its GPU."""
         size, shared = self.dtype.itemsize, shared_memory(self.q.device)
-        for line in lines:
-            if size <= line.bytes and self.BK <= line.BK and line.shared <= shared:
-                return line
-        raise RuntimeError(f"no launch configuration in {shared} KiB of shared memory")
+        return first_line(lines, shared, lambda line: size <= line.bytes and self.BK <= line.BK)
 
     def new_state(self) -> Tensor:
         return self.q.new_empty(self.N, self.HV, *self.tail, dtype=torch.float32)

@@ -17,6 +17,7 @@ from fla.ops.common.kernels import (
     LOG2E,
     cdiv,
     chunks_in,
+    first_line,
     multiprocessors,
     power,
     power_of_two,
@@ -81,10 +82,7 @@ class Call:
     def choose(self, lines: tuple[Line, ...], X: int) -> Line:
         """The first line that takes this call on its GPU."""
         shared, size = shared_memory(self.device), 4 if self._wide else 2
-        for line in lines:
-            if size <= line.bytes and X <= line.X and line.shared <= shared:
-                return line
-        raise RuntimeError(f"no launch configuration in {shared} KiB of shared memory")
+        return first_line(lines, shared, lambda line: size <= line.bytes and X <= line.X)
 
     def segment(self, line: Line, X: int, Z: int, at_once: int, walks: int) -> int:
         """Tokens a segment, or 0 for whole sequences where these alone are programs enough.
