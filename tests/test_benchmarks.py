@@ -211,14 +211,15 @@ def test_kernels_are_compiled_side_by_side(tmp_path):
     """Each call once, the failing ones too, and nothing is repeated to be timed."""
 
     def measure(row):
-        (tmp_path / row.name).write_text(str(triton.testing.do_bench(lambda: None)))
+        times = [triton.testing.do_bench(lambda: None, quantiles=each) for each in ((), (0.5, 0.2))]
+        (tmp_path / row.name).write_text(str(times))
         raise RuntimeError
 
     rows = [suite.Row(str(i), (None, None)) for i in range(5)]
     some = suite.Suite("some", rows, {"ours": measure})
     gpu._compile(some, [("ours", row) for row in rows])
     assert {each.name: each.read_text() for each in tmp_path.iterdir()} == dict.fromkeys(
-        "01234", "0.0"
+        "01234", "[0.0, [0.0, 0.0]]"
     )
 
 
