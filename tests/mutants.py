@@ -38,6 +38,7 @@ HOPPER_STEPS = "fla/ops/attn/hopper_steps.py"
 BACKWARD_TESTS = ("test_attn_hopper_backward.py",)
 LINEAR = "fla/ops/simple_gla/eager.py"
 SOFTMAX = "fla/ops/attn/eager.py"
+SOFTMAX_BLOCKS = "fla/ops/attn/eager_blocks.py"
 DELTA = "fla/ops/kda/eager.py"
 DELTA_PAIRS = "fla/ops/kda/eager_pairs.py"
 KDA_TESTS = ("test_kda.py", "test_operators.py")
@@ -119,7 +120,7 @@ MUTANTS = [
     ),
     Mutant(
         "window wider by one",
-        SOFTMAX,
+        SOFTMAX_BLOCKS,
         "low = self.rows - (window - 1)",
         "low = self.rows - window",
         ATTN_TESTS,
@@ -133,7 +134,7 @@ MUTANTS = [
     ),
     Mutant(
         "blocks skipped as if no gate could grow",
-        SOFTMAX,
+        SOFTMAX_BLOCKS,
         "bound += self.rise[:, :, :at] + self.reach",
         "bound += self.reach",
         ATTN_TESTS,
@@ -141,12 +142,12 @@ MUTANTS = [
     Mutant(
         "what is lost in a sequence lost in others",
         SOFTMAX,
-        "return cu_seqlens is not None and _on_host(cu_seqlens) and not finite(*tensors)",
+        "return cu_seqlens is not None and on_host(cu_seqlens) and not finite(*tensors)",
         "return False",
     ),
     Mutant(
         "what a block without keys has read added",
-        SOFTMAX,
+        "fla/ops/attn/eager_decoding.py",
         "masked_fill_(~self.there.any(1)[:, None, None, None], 0)",
         "contiguous()",
     ),

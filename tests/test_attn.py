@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fla.ops.attn import attn_decoding_one_step, eager, naive_parallel_attn, parallel_attn
+from fla.ops.attn import (
+    attn_decoding_one_step,
+    eager,
+    eager_blocks,
+    naive_parallel_attn,
+    parallel_attn,
+)
 from fla.ops.attn.engine import Options
 from fla.ops.attn.naive import naive_attn_decoding
 from fla.ops.forgetting_attn import naive_forgetting_attn, parallel_forgetting_attn
@@ -60,11 +66,17 @@ def agree(arguments, bound, run=parallel_attn, reference=textbook):
     assert max(errors.values()) <= bound, errors
 
 
+def call_a_device(monkeypatch):
+    """Have no value asked for."""
+    for module in (eager, eager_blocks):
+        monkeypatch.setattr(module, "on_host", lambda x: False)
+
+
 @pytest.fixture(params=["host", "device"])
 def place(request, monkeypatch):
     """On a device no value may be asked for; the code for that runs on the CPU as well."""
     if request.param == "device":
-        monkeypatch.setattr(eager, "_on_host", lambda x: False)
+        call_a_device(monkeypatch)
     return request.param
 
 
@@ -151,7 +163,7 @@ def test_near_weights_at_32768_tokens(gate):
 
 
 def pairs_met(arguments, options):
-    walk = eager._Walk(
+    walk = eager_blocks.Walk(
         arguments["q"], arguments["k"], arguments["v"], arguments["g"], None, options
     )
     own = (walk.q * walk.k[:, None]).sum(-1)
@@ -173,7 +185,7 @@ def test_skipping_changes_nothing(monkeypatch):
     tensors, draws, sink = operands(2000, H=1, dtype=torch.float32)
     arguments = {**tensors, "g": logsigmoid(draws + 2).float(), "sink_bias": sink.float()}
     skipped = results(parallel_attn, arguments)
-    monkeypatch.setattr(eager, "_on_host", lambda x: False)
+    call_a_device(monkeypatch)
     whole = results(parallel_attn, arguments)
     for name in whole:
         assert relative_error(skipped[name], whole[name]) < 1e-6, name
@@ -188,7 +200,7 @@ def test_skipping_loses_less_than_rounding(decay, monkeypatch):
     v[:, : T // 2] = large
     arguments = {"q": q, "k": k, "v": v, "g": torch.full((1, T, 1), decay).double()}
     skipped = results(parallel_attn, arguments)
-    monkeypatch.setattr(eager, "_on_host", lambda x: False)
+    call_a_device(monkeypatch)
     whole = results(parallel_attn, arguments)
     for name in ("o", "dv"):
         scale = large if name == "o" else 1.0
@@ -282,7 +294,7 @@ def test_packed_equals_looped(packing, window, place):
 
 def test_tokens_of_no_sequence_on_a_device(monkeypatch):
     """A padded buffer, whatever it holds: zero outputs and gradients."""
-    monkeypatch.setattr(eager, "_on_host", lambda x: False)
+    call_a_device(monkeypatch)
     monkeypatch.setattr("fla.ops.common.contract.boundaries", lambda *_: None)
     tensors, draws, sink = operands(200)
     arguments = {**tensors, "g": logsigmoid(draws + 2), "sink_bias": sink}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attn import decoding, operands, results, textbook
+from test_attn import call_a_device, decoding, operands, results, textbook
 
-from fla.ops.attn import attn_decoding_one_step, eager, parallel_attn
+from fla.ops.attn import attn_decoding_one_step, parallel_attn
 from fla.testing.compare import relative_error
 
 
@@ -14,7 +14,7 @@ from fla.testing.compare import relative_error
 def place(request, monkeypatch):
     """On a device no value may be asked for; the code for that runs on the CPU as well."""
     if request.param == "device":
-        monkeypatch.setattr(eager, "_on_host", lambda x: False)
+        call_a_device(monkeypatch)
 
 
 @pytest.mark.parametrize("first", [1e30, -torch.inf, torch.inf, torch.nan], ids=str)

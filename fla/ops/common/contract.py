@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from fla.ops.common.device import on_host
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -175,8 +177,8 @@ def boundaries(
     """Check the values of the boundaries where they lie on the host; devices are never asked."""
     if cu_seqlens is None:
         return
-    on_cpu = cu_seqlens.device.type == "cpu"
-    host = cu_seqlens if on_cpu else cu_seqlens_cpu
+    known = on_host(cu_seqlens)
+    host = cu_seqlens if known else cu_seqlens_cpu
     if host is None:
         return
     values = host.tolist()
@@ -185,9 +187,9 @@ def boundaries(
     for before, after in itertools.pairwise(values):
         if after < before:
             raise ValueError(f"cu_seqlens: expected not to decrease, got {after} after {before}")
-    if values[-1] > tokens or (on_cpu and values[-1] != tokens):
+    if values[-1] > tokens or (known and values[-1] != tokens):
         raise ValueError(f"cu_seqlens: expected to end at T = {tokens}, got {values[-1]}")
-    if on_cpu and cu_seqlens_cpu is not None and values != cu_seqlens_cpu.tolist():
+    if known and cu_seqlens_cpu is not None and values != cu_seqlens_cpu.tolist():
         raise ValueError("cu_seqlens_cpu: expected the values of cu_seqlens, got others")
 
 

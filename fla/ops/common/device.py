@@ -18,6 +18,11 @@ HOPPER_TRITON: dict[str, tuple[str, ...]] = {
 }
 
 
+def on_host(x: torch.Tensor) -> bool:
+    """Whether values may be asked for: elsewhere that would be a copy from the device."""
+    return x.is_cpu
+
+
 @functools.cache
 def triton_version() -> str | None:
     """The installed Triton's version, without importing it."""

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from fla.ops.common.device import accumulator
+from fla.ops.common.device import accumulator, on_host
 
 
 def finite(*tensors: Tensor | None) -> bool:
@@ -22,6 +22,6 @@ def apart(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
     None on the CPU where nothing is to be added.
     """
-    if x.is_cpu and finite(x):
+    if on_host(x) and finite(x):
         return x, None
     return x.nan_to_num(0, 0, 0), (x * 0).cumsum(-2)

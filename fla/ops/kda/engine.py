@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fla.ops.common import contract
 from fla.ops.common.boundary import Operator, absent, differentiable
-from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton
+from fla.ops.common.device import accumulator, lacks_hopper, lacks_triton, on_host
 from fla.ops.common.dispatch import Engine, Implementation, Problem
 from fla.ops.common.once import finding, once
 from fla.ops.common.sequences import Sequences
@@ -232,15 +232,15 @@ def _check_slot_values(state, cu_seqlens, T: int, indices, accepted) -> None:
     """Check what the host knows, of the entries that are used; devices are never asked."""
     if indices is None or not indices.shape[0]:
         return
-    on_cpu = indices.device.type == "cpu"
+    known = on_host(indices)
     (N, tokens), slots, longest = indices.shape, state.shape[0], T
     if cu_seqlens is not None:
-        longest = int(cu_seqlens.diff().max()) if on_cpu else 0
+        longest = int(cu_seqlens.diff().max()) if known else 0
     if longest > tokens:
         raise ValueError(
             f"ssm_state_indices: expected a slot for each of {longest} tokens, got {tokens}"
         )
-    if not on_cpu or not longest:
+    if not known or not longest:
         return
     lengths = indices.new_full((N,), T) if cu_seqlens is None else cu_seqlens.diff()
     column = torch.arange(tokens, device=indices.device)
@@ -268,7 +268,7 @@ def _with_numbers(options: Options, K: int) -> Options:
 
 def _known(h: Tensor, cu_seqlens, cu_seqlens_cpu, options: Options) -> Tensor:
     """The states of the chunks that there are, where the host can count them."""
-    if cu_seqlens_cpu is None and cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+    if cu_seqlens_cpu is None and cu_seqlens is not None and on_host(cu_seqlens):
         cu_seqlens_cpu = cu_seqlens
     if cu_seqlens_cpu is None:
         return h

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fla.ops.common.device import on_host
+
 
 def longest(lengths: Tensor, most: int) -> int:
     """How many tokens the longest sequence has; what a device knows is not asked for."""
-    if lengths.device.type == "cpu":
+    if on_host(lengths):
         return int(lengths.max()) if lengths.numel() else 0
     return most
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.common.boundary import absent
-from fla.ops.common.device import accumulator
+from fla.ops.common.device import accumulator, on_host
 from fla.ops.common.finite import apart
 from fla.ops.common.sequences import Carry, Chunks, Sequences
 
@@ -199,7 +199,7 @@ class _Gate:
     """
 
     def __init__(self, g: Tensor):
-        grows = not g.is_cpu or bool((g > 0).any())
+        grows = not on_host(g) or bool((g > 0).any())
         self.halves = 2 if grows else 1
         self.later = _later(g, g.shape[-1])
         log2 = _log2(g, self.halves)
