@@ -59,7 +59,7 @@ _GATED = {
     "gate": gate,
     "growth": growth,
     "gate, window": both(gate, window_size=20),
-    "growth, scale": both(growth, scale=0.2),
+    "growth, scale": both(growth, scale=-0.2),
 }
 
 SPECS = [
@@ -98,7 +98,7 @@ SPECS = [
             "sink": sink,
             "gate": both(lambda shape, draw: gate(_row(shape), draw), do_gate_scale=True),
             "growth, window, sink": both(
-                lambda shape, draw: growth(_row(shape), draw), sink, window_size=20, scale=0.5
+                lambda shape, draw: growth(_row(shape), draw), sink, window_size=20, scale=-0.5
             ),
         },
         along_tokens=False,

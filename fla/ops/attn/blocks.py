@@ -88,8 +88,13 @@ def hiding(window: int | None, T: int) -> int | None:
     return None if window is None or window >= T else window
 
 
+def rising(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """q and a scale that is not negative: the largest product is then the largest logit."""
+    return (q, scale) if scale >= 0 else (-q, -scale)
+
+
 class Call:
-    """What one call's kernels are launched with, beside its tensors."""
+    """What one call's kernels are launched with, beside its tensors; no scale is below zero."""
 
     def __init__(self, q, v, cu_seqlens: Tensor | None, scale: float, window: int | None):
         B, self.T, HQ, K = q.shape

@@ -33,6 +33,7 @@ from fla.ops.attn.blocks import (
     own,
     own_logits,
     put_tile,
+    rising,
     tile,
 )
 from fla.ops.attn.hopper_keys import hopper_backward_kernel
@@ -202,7 +203,7 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     """Return the gradients of q, k, v, g and the sink."""
     window = hiding(options.window_size, q.shape[1])
     if q.shape[-1] == v.shape[-1] and v.shape[-1] in _STAGES and pays(v, g, cu_seqlens, window):
-        signed, scale = portable.rising(q, options.scale)
+        signed, scale = rising(q, options.scale)
         tensors = dense(do, signed, k, v, o)
         if all(x.data_ptr() % 16 == 0 for x in tensors):
             g, sink_bias, cu_seqlens = dense(g, sink_bias, cu_seqlens)

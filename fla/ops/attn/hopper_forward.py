@@ -18,6 +18,7 @@ from fla.ops.attn.blocks import (
     largest_norm,
     own,
     own_logits,
+    rising,
     tile,
 )
 from fla.ops.attn.hopper_queries import BLOCK, ROWS, hopper_forward_kernel
@@ -30,7 +31,7 @@ def forward(q, k, v, g, sink_bias, cu_seqlens, options):
     """Return o [B, T, HQ, V] and lse [B, HQ, T]."""
     if not pays(q, v, g, cu_seqlens):
         return portable.forward(q, k, v, g, sink_bias, cu_seqlens, options)
-    signed, scale = portable.rising(q, options.scale)
+    signed, scale = rising(q, options.scale)
     tensors = dense(signed, k, v)
     if any(x.data_ptr() % 16 for x in tensors):
         return portable.forward(q, k, v, g, sink_bias, cu_seqlens, options)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.ops.attn.blocks import LEAST, STEEPEST_GATE, Call, Line, own, put_tile, tile
+from fla.ops.attn.blocks import LEAST, STEEPEST_GATE, Call, Line, own, put_tile, rising, tile
 from fla.ops.common.kernels import LOG2E, cdiv, first_slot, multiprocessors, power_of_two, product
 from fla.ops.common.launch import Relaunch
 from fla.ops.common.once import found_by
@@ -215,10 +215,11 @@ def merge_kernel(
 
 def run_decoding(q, k, v, g, sink, cu_seqlens, options) -> Tensor:
     """Launch ``split_kernel`` and ``merge_kernel``: o [1, N, HQ, V]."""
+    q, scale = rising(q, options.scale)
     found, V = found_by(options), v.shape[-1]  # of a part, where v is in parts
     step = found.get((_Step, V))
     if step is None:
-        step = found[_Step, V] = _Step(q, k, v, g is not None, cu_seqlens, options)
+        step = found[_Step, V] = _Step(q, k, v, g is not None, cu_seqlens, scale, options)
     N, HQ = q.shape[1:3]
     o = q.new_empty(1, N, HQ, V)
     parts = q.new_empty(step.slots, HQ, V, dtype=torch.float32)
@@ -231,10 +232,10 @@ def run_decoding(q, k, v, g, sink, cu_seqlens, options) -> Tensor:
 class _Step:
     """The launches of a step of decoding, and how many parts of a head's output they pass on."""
 
-    def __init__(self, q, k, v, gated, cu_seqlens, options):
+    def __init__(self, q, k, v, gated, cu_seqlens, scale, options):
         N, HQ = q.shape[1:3]
         T, H, V = v.shape[1:]
-        call = Call(k, v, cu_seqlens, options.scale, options.window_size)
+        call = Call(k, v, cu_seqlens, scale, options.window_size)
         line = call.choose(LINES)
         BM = min(line.BM, max(power_of_two(HQ // H), 16))
         size = power_of_two(cdiv(T * H, _PROGRAMS * multiprocessors(q.device)))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.attn.backward import run_backward
-from fla.ops.attn.blocks import Call, gates
+from fla.ops.attn.blocks import Call, gates, rising
 from fla.ops.attn.forward import run_forward
 from fla.ops.attn.split_decoding import run_decoding
 from fla.ops.common.boundary import absent
@@ -58,8 +58,3 @@ def decode(q, k, v, g, sink_bias, cu_seqlens, options):
 
 def _too_wide(v: Tensor) -> bool:
     return v.element_size() > 2 and v.shape[-1] > _PART
-
-
-def rising(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """q and a scale that is not negative: the largest product is then the largest logit."""
-    return (q, scale) if scale >= 0 else (-q, -scale)
