@@ -201,6 +201,19 @@ def test_serving(dtype, state_v_first):
 GATES = {"(5, 3, 2, 20)": (5, 3, 2, 20), "one row": (1, 700), "no row": (2, 0, 3, 8)}
 
 
+@pytest.mark.parametrize("x", [-20.0, 9.0, 15.0])
+def test_gradient_of_a_saturated_gate(x):
+    """As small as what is left to open or to close, and as exact."""
+    from fla.ops.kda import gate, gate_kernels
+
+    torch.manual_seed(0)
+    given = x + 0.1 * torch.randn(5, 3, 2, 20), torch.randn(5, 3, 2, 20), 0.1 * torch.randn(2), None
+    found = gate_kernels.backward(*given, -5.0)
+    exact = gate.backward(*(each if each is None else each.double() for each in given), -5.0)
+    for one, other in zip(found[:2], exact[:2], strict=True):
+        assert (one - other.view(one.shape)).norm() < FP32 * other.norm()
+
+
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
 @pytest.mark.parametrize("size", GATES)
 def test_gates(size, lower_bound):

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from shapes import shape_of, spec_named
 
-from fla.ops.simple_gla import blocks, segments, walk
+from fla.ops.simple_gla import blocks, chunk_simple_gla, segments, walk
 from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
 from fla.testing import OpSpec, Shape
 from fla.testing.compare import named_results
@@ -151,13 +151,23 @@ def growth_of_nothing(dtype, device="cpu"):
 
 
 def gates_that_leave_little(steep, dtype, device="cpu"):
-    """q, k, v, g and do of uniform decays; and dg, in fp64 from pairs of different tokens alone."""
+    """q, k, v and g of uniform decays, do and dstate; and dg, to which no token's pair with itself,
+    and not the last one's with the final state, contributes."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, do = torch.randn(4, 1, 150, 2, 64, generator=generator).to(device, dtype)
+    dstate = torch.randn(1, 2, 64, 64, generator=generator).to(device)
     g = torch.full((1, 150, 2), steep, device=device)
     inputs = [x.double().requires_grad_() for x in (q, k, v, g)]
-    (dg,) = torch.autograd.grad(naive_recurrent_simple_gla(*inputs)[0], inputs[3:], do.double())
-    return (q, k, v, g), do, dg
+    results = naive_recurrent_simple_gla(*inputs, output_final_state=True)
+    (dg,) = torch.autograd.grad(results, inputs[3:], (do.double(), dstate.double()))
+    return (q, k, v, g), (do, dstate), dg
+
+
+def gradient_of_gates(inputs, cotangents):
+    """dg of q, k, v and g."""
+    inputs[3].requires_grad_()
+    results = chunk_simple_gla(*inputs, output_final_state=True)
+    return torch.autograd.grad(results, inputs[3], cotangents)[0]
 
 
 def main(part: int | None = None, parts: int = 1) -> None:

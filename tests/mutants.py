@@ -88,8 +88,14 @@ MUTANTS = [
     Mutant(
         "gate's gradient without the state that passes",
         LINEAR,
-        ".flip(-1) + passing[..., None]",
-        ".flip(-1)",
+        "+ leaving + passing[..., None]",
+        "+ leaving",
+    ),
+    Mutant(
+        "gate's gradient with what its token leaves behind",
+        LINEAR,
+        "torch.nn.functional.pad(leaving[:, :-1], (1, 0)).cumsum(-1)",
+        "leaving.cumsum(-1)",
     ),
     Mutant(
         "time not reversed when packed",
@@ -131,6 +137,20 @@ MUTANTS = [
         "dgate[block.lanes, :, block.first + 1 : block.stop] += sums.cumsum(-1)[..., :-1]",
         "dgate[block.lanes, :, block.first : block.stop] += sums.cumsum(-1)",
         ATTN_TESTS,
+    ),
+    Mutant(
+        "tokens' pairs with themselves in the gate's gradient",
+        SOFTMAX,
+        "own.zero_()",
+        "pass",
+        ("test_attn_gates.py",),
+    ),
+    Mutant(
+        "kernels that decode take scales to be positive",
+        "fla/ops/attn/split_decoding.py",
+        "q, scale = rising(q, options.scale)",
+        "scale = options.scale",
+        ("test_attn_triton.py",),
     ),
     Mutant(
         "blocks skipped as if no gate could grow",

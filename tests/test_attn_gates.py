@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attn import call_a_device, decoding, operands, results, textbook
+from test_attn import call_a_device, decoding, operands, results, textbook, widened
 
 from fla.ops.attn import attn_decoding_one_step, parallel_attn
 from fla.testing.compare import relative_error
@@ -54,6 +54,16 @@ def test_keys_far_below_the_sink(sink):
     found, expected = results(parallel_attn, more), results(textbook, more)
     for name, x in expected.items():
         assert (found[name] - x).norm() < 1e-9 * x.norm(), name
+
+
+@pytest.mark.parametrize("steep", [-5.0, -20.0])
+def test_gradient_of_gates_that_leave_little(steep):
+    """Beside a sink it is as small as what they leave, and as exact."""
+    tensors, draws, sink = operands(300, dtype=torch.float32)
+    more = {**tensors, "g": torch.full_like(draws, steep).float(), "sink_bias": sink.float()}
+    found = results(parallel_attn, more)["dg"]
+    expected = results(textbook, widened(more))["dg"]
+    assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("first", [1e30, -torch.inf, torch.inf])

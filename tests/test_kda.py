@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from unittest import mock
@@ -223,6 +224,38 @@ def test_the_gate_alone_is_the_gate_in_the_kernel(lower_bound, dtype):
     settings = {"A_log": A_log, "dt_bias": dt_bias, "lower_bound": lower_bound}
     within, _ = ops.chunk_kda(q, k, v, raw, beta, use_gate_in_kernel=True, **settings)
     assert relative_error(within, apart) < 1e-6
+
+
+@pytest.mark.parametrize("rated", [True, False])
+@pytest.mark.parametrize("x", [-20.0, 9.0, 15.0])
+def test_gradient_of_a_saturated_gate(x, rated):
+    """As small as what is left to open or to close, and as exact."""
+    inputs = [x + 0.1 * draw(1, 20, 2, 8), 0.1 * draw(2)][: 1 + rated]
+
+    def gradients(gate, inputs):
+        leaves = [each.requires_grad_() for each in inputs]
+        return torch.autograd.grad(gate(*leaves).sum(), leaves)
+
+    def textbook(g, A_log=None):
+        return naive_kda_lowerbound_gate(g, A_log, None, -5.0, g.dtype)
+
+    expected = gradients(textbook, [each.double() for each in inputs])
+    found = gradients(functools.partial(fused_kda_gate, lower_bound=-5.0), inputs)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("lower_bound", [None, -5.0])
+def test_a_rate_beyond_the_largest_number(lower_bound):
+    """It forgets all, or nothing where the raw gate lets nothing through; gradients are numbers."""
+    q, k, v, _, beta = operands(30)
+    raw, A_log, dt_bias = draw(1, 30, 4, 24), torch.full((4,), 100.0), torch.zeros(96)
+    leaves = [x.requires_grad_() for x in (q, k, v, raw, beta, A_log, dt_bias)]
+    o, _ = ops.chunk_kda(
+        q, k, v, raw, beta, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,
+        use_gate_in_kernel=True,
+    )  # fmt: skip
+    assert all(x.isfinite().all() for x in (o, *torch.autograd.grad(o.sum(), leaves)))
 
 
 def test_parameters_of_an_unused_gate_do_not_matter():

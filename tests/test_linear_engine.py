@@ -25,7 +25,9 @@ def run(call, *inputs):
     """o and the gradients of all inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     o = call(*leaves)[0]
-    return [o.detach(), *torch.autograd.grad((o * draw(*o.shape, dtype=o.dtype)).sum(), leaves)]
+    loss = (o * draw(*o.shape, dtype=o.dtype)).sum()
+    given = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return [o.detach(), *given]
 
 
 def against_textbook(q, k, v, g, bound=1e-5):
@@ -98,12 +100,19 @@ def test_gradient_of_the_gate_over_a_long_sequence():
     assert relative_error(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("T", [16, 100])
+@pytest.mark.parametrize("result", [0, 1], ids=["o", "final state"])
 @pytest.mark.parametrize("steep", [-5.0, -20.0])
-def test_gradient_of_gates_that_leave_little(steep):
-    """It is as small as what they leave, beside tokens' pairs with themselves, and as exact."""
-    q, k, v = draw(3, 1, 100, 2, 16)
+def test_gradient_of_gates_that_leave_little(steep, result, T):
+    """It is as small as what they leave, beside what no gate is in: a token's pair with itself, and
+    the last token's with the final state.  And it is as exact."""
+    q, k, v = draw(3, 1, T, 2, 16)
     found, expected = (
-        run(call, *inputs, torch.full((1, 100, 2), steep, dtype=inputs[0].dtype))[-1]
+        run(
+            lambda *x: [call(*x, output_final_state=True)[result]],  # noqa: B023
+            *inputs,
+            torch.full((1, T, 2), steep, dtype=inputs[0].dtype),
+        )[-1]
         for call, inputs in (
             (ops.chunk_simple_gla, (q, k, v)),
             (naive_recurrent_simple_gla, (q.double(), k.double(), v.double())),

@@ -91,11 +91,11 @@ for turns in (False, True):
         found = stages.forward(*inputs, *more)[0]
     assert (found / 300 - expected).norm() < 1e-4 * expected.norm()
 
-# Of pairs of a token with itself the gate's gradient has nothing
+# Of pairs that no gate is in its gradient has nothing
 for steep in (-5.0, -20.0):
-    inputs, do, expected = gates_that_leave_little(steep, torch.float32)
+    inputs, cotangents, expected = gates_that_leave_little(steep, torch.float32)
     with mock.patch.object(stages, "SMALLEST", 1):
-        given = do, None, None, *inputs, *[None] * 8
+        given = *cotangents, None, *inputs, *[None] * 8
         dg = stages.backward(*given, engine.Options(1 / 8))[3]
     assert (dg - expected).norm() < 5e-3 * expected.norm()  # gates' sums have 16-bit digits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import subprocess
@@ -129,6 +130,18 @@ def test_gated_norm(name, dtype, shape, activation, affine):
         return [norm_reference(**inputs, eps=1e-5, mean=True, activation=activation)[0]]
 
     agree(run, reference, inputs, name, dtype)
+
+
+@runs
+def test_gradient_of_a_saturated_gate(name, dtype):
+    """As small as what is left to close, and as exact."""
+    module = FusedRMSNormGated(20, False, 1e-5, "sigmoid")
+    x, g = draw(30, 20, dtype=dtype), (draw(30, 20, seed=1) / 8 + 8).to(dtype)
+    with implementation(name):
+        found = results(lambda g: [module(x, g)], {"g": g})["dg"]
+    wide = functools.partial(norm_reference, x.double(), eps=1e-5, mean=True, activation="sigmoid")
+    expected = results(lambda g: [wide(g=g)[0]], {"g": g}, wide=True)["dg"]
+    assert (found - expected).norm() < BOUNDS[dtype] * expected.norm()
 
 
 @halves_too

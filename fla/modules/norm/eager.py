@@ -62,5 +62,5 @@ def _opened(g: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """activation(g) and its derivative."""
     sigmoid = torch.sigmoid(g)
     if options.activation == "sigmoid":
-        return sigmoid, sigmoid * (1 - sigmoid)
+        return sigmoid, sigmoid * torch.sigmoid(-g)
     return g * sigmoid, sigmoid * (1 + g * (1 - sigmoid))

@@ -23,7 +23,7 @@ def opened(g, SWISH: tl.constexpr):
     if SWISH:
         return g * s, s * (1 + g * (1 - s))
     else:
-        return s, s * (1 - s)
+        return s, s * tl.sigmoid(-g)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -178,6 +178,9 @@ def _blocked_backward(walk: Walk, do, o, lse, sinks: bool):
         torch.baddbmm(b_dk, dlogits.mT, b_q, alpha=_LN2, out=b_dk)
         if dgate is not None:
             dlogits = block.split(dlogits)  # [lanes, G, rows, keys]
+            # no gate is in them, and beside a sink they may be all that there is
+            own = dlogits[..., block.start - block.first :].diagonal(dim1=-2, dim2=-1)
+            own.zero_()
             sums = dlogits.sum(-2).double()
             sums[..., block.start - block.first :] -= dlogits.sum(-1)
             dgate[block.lanes, :, block.first + 1 : block.stop] += sums.cumsum(-1)[..., :-1]

@@ -51,8 +51,10 @@ def log_decay_backward(x, dg, rate, lower_bound):
         dx = -dg * rate * sigmoid(x)
         drate = dg * tl.maximum(-rate * softplus(x), STEEPEST)
     else:
-        opened = sigmoid(rate * x)
-        dangle = dg * lower_bound * opened * (1 - opened)
+        # what is shut over what is open: 1 less this one has no digits left where the gate is open
+        ratio = tl.exp2(tl.minimum(-rate * x * LOG2E, 60.0))
+        opened = tl.rsqrt((1 + ratio) * (1 + ratio))
+        dangle = dg * lower_bound * opened * (ratio * opened)
         dx = dangle * rate
         drate = dangle * rate * x
     return dx, drate

@@ -114,7 +114,9 @@ class Gate:
     def __init__(self, HV, K, A_log, dt_bias, lower_bound, dtype, heads_first=False):
         shape = (HV, 1) if heads_first else (HV,)
         self.lower_bound = lower_bound
-        self.rate = None if A_log is None else A_log.to(dtype).exp().reshape(*shape, 1)
+        self.rate = None
+        if A_log is not None:
+            self.rate = _finite(A_log.to(dtype).exp()).reshape(*shape, 1)
         self.bias = None if dt_bias is None else dt_bias.to(dtype).reshape(*shape, K)
 
     def decay(self, x: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ class Gate:
             return dx, dg * _finite(F.logsigmoid(-x).mul_(self.rate))
         angle = self._angle(x)
         opened = torch.sigmoid(angle)
-        dangle = dg * self.lower_bound * opened * (1 - opened)
+        dangle = dg * self.lower_bound * opened * torch.sigmoid(-angle)
         return dangle if self.rate is None else dangle * self.rate, dangle * _finite(angle)
 
     def _shifted(self, x: Tensor) -> Tensor:

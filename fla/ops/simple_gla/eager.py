@@ -83,8 +83,8 @@ def backward(
 
     With P = dA ∘ A, a token's log-decay is in every pair that it stands between.  What pairs inside
     the chunk and queries before it contribute is the suffix sum of rows of P less its columns, and
-    of q·dq − k·dk through the states; keys that leave the chunk and the state that passes through
-    it contribute to all of its tokens alike.  Sums never reach beyond a chunk.
+    of q·dq through the state that enters.  A key that leaves the chunk contributes to all tokens
+    behind it, the state that passes through to every token.  Sums never reach beyond a chunk.
     """
     walk = _Walk(q, k, v, g, g_gamma, cu_seqlens, options)
     chunks = walk.chunks
@@ -110,14 +110,15 @@ def backward(
         b_dq = decay.rest.into(torch.bmm(decay.into(b_do), state.mT))
         if dg is not None:
             passing = (decay.total(state) * decay.rest.total(after)).sum((-2, -1))
-            passing += (b_k * dk_out).sum((-2, -1))
+            leaving = (b_k * dk_out).sum(-1)  # [chunks, C]
+            leaving = torch.nn.functional.pad(leaving[:, :-1], (1, 0)).cumsum(-1)
             # A token's pair with itself has no decay; taken from sums that it is in, it would leave
             # the digits that they round off, where steep decays leave little else.
             pairs = attention * dattention
             pairs.diagonal(dim1=-2, dim2=-1).zero_()
-            per_token = (b_q * b_dq - b_k * dk_out).sum(-1)  # [chunks, C], through the states
+            per_token = (b_q * b_dq).sum(-1)  # [chunks, C], through the state that enters
             per_token += pairs.sum(-1) - pairs.sum(-2)
-            b_dg = per_token.flip(-1).cumsum(-1).flip(-1) + passing[..., None]
+            b_dg = per_token.flip(-1).cumsum(-1).flip(-1) + leaving + passing[..., None]
             walk.put(dg, run, b_dg)
         dattention = decay.pairs(dattention)
         b_dq.baddbmm_(dattention, b_k)

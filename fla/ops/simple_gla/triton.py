@@ -77,7 +77,9 @@ def backward(
     decays = sums, rests, g_gamma
     norm, dnorm = (norm, normalizer_gradient(do, o)) if options.normalize else (None, None)
     starts, dstarts = (initial_state, initial_z), (dstate, dz)
-    ends = tuple(None if x is None else torch.empty_like(x) for x in starts)
+    # the gate's gradient begins with what comes through the initial state, in fp32
+    wide = None if g is None else torch.float32
+    ends = tuple(None if x is None else torch.empty_like(x, dtype=wide) for x in starts)
     scale = options.scale or 1e-30  # gradients of states are divided by it on their way
     segment = call.segment(call.choose(LINES, call.V), call.V, call.K, at_once, walks=3)
     carry = dcarry = None
@@ -90,9 +92,8 @@ def backward(
         walk, call, out_dtype=q.dtype, decays=decays, cu_seqlens=cu_seqlens, scale=scale,
         segment=segment, v_first=options.state_v_first, norm=norm,
     )  # fmt: skip
-    final = None if g is None or dstate is None else torch.empty_like(dstate, dtype=torch.float32)
     dq, _, q_rows = run(
-        x=do, y=v, z=k, starts=starts, carry=carry, ends=(final, None), dnorm=dnorm, turned=True,
+        x=do, y=v, z=k, starts=starts, carry=carry, ends=(None, None), dnorm=dnorm, turned=True,
         beside=None if g is None else q,
     )  # fmt: skip
     dk, _, k_rows = run(
@@ -104,7 +105,10 @@ def backward(
     )
     dg = None
     if g is not None:
-        dg = gate_gradient(call, g, q_rows, k_rows, final, dstate, cu_seqlens)
+        dg = gate_gradient(call, g, q_rows, k_rows, initial_state, ends[0], cu_seqlens)
+    ends = tuple(
+        None if x is None else end.to(x.dtype) for x, end in zip(starts, ends, strict=True)
+    )
     return tuple(absent(q) if x is None else x for x in (dq, dk, dv, dg, *ends))
 
 
