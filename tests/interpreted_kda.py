@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from kda_calls import limited_to, of_capability
 
 from fla.ops.kda import eager
 from fla.ops.kda.engine import Options
@@ -108,10 +109,13 @@ def test_kernels_agree_with_eager(case, chunk):
 
 def test_where_there_is_less_shared_memory():
     """Blocks of half the value channels, and of half the channels in products between tokens."""
-    from fla.ops.kda import launches
-
-    with mock.patch.object(launches, "shared_memory", lambda device: 99):
+    with limited_to(99):
         agree(*operands(20, 200, 16, gate="mixed"), bound=FP32)
+
+
+def test_on_newer_gpus():
+    with of_capability(100):
+        agree(*operands(20, 80, 16, gate="mixed"), bound=FP32)
 
 
 @pytest.mark.parametrize("size", [2.0**-40, 2.0**40])

@@ -51,7 +51,10 @@ _HOPPER_SIZES = ((128, 128), (64, 64), (64, 128), (128, 64), (128, 256))
 
 
 class Launch(NamedTuple):
-    """A call on a GPU with ``limit`` KiB of shared memory, which may fall into ``segments``."""
+    """A call on a GPU with ``limit`` KiB of shared memory, which may fall into ``segments``.
+
+    Or on a ``newer`` one than Hopper, as far as another can run it.
+    """
 
     name: str
     dtype: torch.dtype
@@ -62,6 +65,7 @@ class Launch(NamedTuple):
     group: int = 2
     segments: bool = False
     limit: int = MOST
+    newer: bool = False
 
     @property
     def spec(self) -> OpSpec:
@@ -74,15 +78,29 @@ class Launch(NamedTuple):
     @contextlib.contextmanager
     def as_told(self) -> Iterator[None]:
         """Inside, long sequences fall into segments, or none does, and kernels run as there."""
-        from fla.ops.kda import launches
-
         with contextlib.ExitStack() as stack:
             stack.enter_context(divided(self.segments))
-            if self.limit < MOST:  # where there are no kernels for Hopper
-                shared = mock.patch.object(launches, "shared_memory", lambda device: self.limit)
-                stack.enter_context(shared)
+            if self.limit < MOST:
+                stack.enter_context(limited_to(self.limit))
+            if self.newer:
+                stack.enter_context(of_capability(100))
+            if self.limit < MOST or self.newer:  # where there are no kernels for Hopper
                 stack.enter_context(use("triton"))
             yield
+
+
+def limited_to(limit: int):
+    """Inside, programs have so many KiB of shared memory."""
+    from fla.ops.kda import launches
+
+    return mock.patch.object(launches, "shared_memory", lambda device: limit)
+
+
+def of_capability(capability: int):
+    """Inside, launches are those of sm_``capability``."""
+    from fla.ops.kda import launches
+
+    return mock.patch.object(launches, "capability", lambda device: divmod(capability, 10))
 
 
 def divided(segments: bool):
@@ -130,13 +148,16 @@ def chunked() -> Iterator[Launch]:
     yield Launch(name, torch.bfloat16, 128, 128, "bound alone", _DENSE, group=1)
 
 
-def limited() -> Iterator[Launch]:
-    """The lines for GPUs with less shared memory, and what else is launched there."""
+def elsewhere() -> Iterator[Launch]:
+    """The lines for GPUs that are not Hopper's, and what else is launched there."""
     name = "chunk_kda"
     for dtype, K, V, limit in (*CASES, (torch.float16, 128, 128, 99), (torch.float16, 256, 64, 99)):
         if limit < MOST:
             yield Launch(name, dtype, K, V, "raw, softplus, doubled", _DENSE, limit=limit)
             yield Launch(name, dtype, K, V, "state", _PACKED, segments=True, limit=limit)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for K, variant in itertools.product((64, 128), ("raw, lower bound, state", "plain")):
+            yield Launch(name, dtype, K, K, variant, _DENSE, newer=True)
 
 
 def recurrent() -> Iterator[Launch]:
@@ -209,7 +230,7 @@ def hopper_cases() -> Iterator[HopperCase]:
 
 
 def main(part: int | None = None, parts: int = 1) -> None:
-    calls = small() if part is None else (*chunked(), *limited(), *recurrent(), *gates())
+    calls = small() if part is None else (*chunked(), *elsewhere(), *recurrent(), *gates())
     for launch in itertools.islice(calls, part, None, parts):
         arguments = launch.spec.arguments(launch.shape, launch.variant, launch.dtype, "cuda")
         with launch.as_told():

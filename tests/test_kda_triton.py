@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from interpreted_kda import operands
-from kda_calls import CASES, divided
+from kda_calls import CASES, divided, limited_to, of_capability
 
 from fla.ops import chunk_kda
 from fla.ops.kda.engine import Checked, Options
@@ -26,11 +26,8 @@ LEAST_SHARED_MEMORY = 99 * 1024  # and on sm_86 and sm_89
 
 
 @contextlib.contextmanager
-def compiling_for(capability: int, without: str | None = None) -> Iterator[dict[str, int]]:
-    """Inside, launches compile their kernels and run nothing; yields who takes how much memory.
-
-    They do so ``without`` the kernel of that name.
-    """
+def compiling_for(capability: int) -> Iterator[dict[str, int]]:
+    """Inside, launches compile their kernels and run nothing; yields who takes how much memory."""
     from compiling import overtaken
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -44,8 +41,6 @@ def compiling_for(capability: int, without: str | None = None) -> Iterator[dict[
     def warmup(kernel, grid):
         def launch(*arguments, **more):
             name = kernel.fn.__name__
-            if name == without:
-                return
             done = kernel.run(*arguments, grid=grid, warmup=True, **more)
             shared[name] = max(shared.get(name, 0), done.metadata.shared)
             assert not overtaken(done), done.metadata
@@ -55,15 +50,9 @@ def compiling_for(capability: int, without: str | None = None) -> Iterator[dict[
     with (
         mock.patch.object(JITFunction, "__getitem__", warmup),
         mock.patch.object(driver, "_active", gpu),
+        of_capability(capability),
     ):
         yield shared
-
-
-def limited_to(limit: int):
-    """Inside, programs have so many KiB of shared memory."""
-    from fla.ops.kda import launches
-
-    return mock.patch.object(launches, "shared_memory", lambda device: limit)
 
 
 def stated(call) -> dict[str, int]:
@@ -159,8 +148,7 @@ def test_every_line_compiles(case, capability):
     dtype, K, V, limit = case
     more = {"lengths": (0, 130, 62), "gate": "raw", "beta_sigmoid": True}
     arguments, do, dstate = operands(192, K, V, dtype, **more)
-    without = "gradients_kernel" if capability == 100 else None  # as the next test says
-    with limited_to(limit), divided(True), compiling_for(capability, without) as shared:
+    with limited_to(limit), divided(True), compiling_for(capability) as shared:
         kernels.forward(*arguments)
         kernels.backward(do, dstate, *arguments)
         launch_what_has_no_chunks(arguments)
@@ -168,16 +156,6 @@ def test_every_line_compiles(case, capability):
     for name, size in shared.items():
         least = most.get(name, LEAST_SHARED_MEMORY)
         assert size <= (least if capability == 80 else SHARED_MEMORY), (name, size)
-
-
-@pytest.mark.wide
-@pytest.mark.xfail(reason="Triton 3.6 fails at how [64, 16] of four warps lie in tensor memory")
-def test_gradients_compile_for_newer_tensor_cores():
-    from fla.ops.kda import triton as kernels
-
-    arguments, do, dstate = operands(64, 64, 64, torch.bfloat16)
-    with compiling_for(100):
-        kernels.backward(do, dstate, *arguments)
 
 
 def test_every_line_has_a_use():

@@ -25,7 +25,7 @@ PARTS = 8
 
 
 @pytest.mark.parametrize(
-    "launch", [*kda_calls.chunked(), *kda_calls.limited(), *kda_calls.recurrent()], ids=str
+    "launch", [*kda_calls.chunked(), *kda_calls.elsewhere(), *kda_calls.recurrent()], ids=str
 )
 def test_every_launch(launch):
     with launch.as_told():

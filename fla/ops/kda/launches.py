@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.common.boundary import absent
+from fla.ops.common.device import capability
 from fla.ops.common.kernels import (
     cdiv,
     dense,
@@ -86,6 +87,8 @@ PAIRS = (
 THROUGH = Launch(64, 4, 2)
 # Tiles [64, 16], one warpgroup's rows.
 GRADIENTS = Launch(64, 4)
+# The tensor cores of sm_100 have memory of their own, in which Triton 3.6 finds no place for those.
+NARROW_GRADIENTS = Launch(32, 4)
 # Chunks below which a segment's summary costs more than it saves.
 SHORTEST_SEGMENT = 16
 # In fewer segments, summaries and runs take as long as one run of all chunks.
@@ -144,6 +147,8 @@ class Call:
         self.scan, pairs = self.choose(SCANS), self.choose(PAIRS)
         whole = self.BK == cdiv(self.V, 64) * 64 == BOTH.block
         self.both = self.choose((BOTH, *SCANS)) if whole else self.scan
+        newer = capability(self.q.device) >= (10, 0)
+        self.gradient_line = NARROW_GRADIENTS if newer else GRADIENTS
         self.of_pairs = {
             "BLOCK": min(pairs.block, self.BK),
             "num_warps": pairs.warps,
@@ -388,7 +393,7 @@ class Call:
             (self.dtype, 0 if self.in_place else 3, *chunks, self.C, self.BK),
             (torch.float32, *chunks, self.C),
             (torch.float32, *chunks, self.BK),
-            (torch.float32, *of_parameters, self.BK // GRADIENTS.block),
+            (torch.float32, *of_parameters, self.BK // self.gradient_line.block),
             (torch.float32, *of_parameters, self.BK),
         )
         self.drates = drates if has_parameters else None
@@ -442,7 +447,7 @@ class Call:
         """Gradients of gates, and of q and k, which are returned."""
         launch(
             gradients_kernel,
-            self.slots * self.HV * (self.BK // GRADIENTS.block),
+            self.slots * self.HV * (self.BK // self.gradient_line.block),
             (
                 self.q, self.k, self.g, self.A_log, self.dt_bias, self.cu_seqlens, self.factors,
                 *self.into_gradients(dg),
@@ -450,8 +455,8 @@ class Call:
             (self.options.scale, self.lower_bound, self.T, self.rows),
             {
                 "H": self.H, "HV": self.HV, "K": self.K, **self.common,
-                "BLOCK": GRADIENTS.block, "GATE": self.options.gate,
-                "num_warps": GRADIENTS.warps, "num_stages": GRADIENTS.stages,
+                "BLOCK": self.gradient_line.block, "GATE": self.options.gate,
+                "num_warps": self.gradient_line.warps, "num_stages": self.gradient_line.stages,
             },
         )  # fmt: skip
         return self.units()
