@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from inspect import signature
 from unittest import mock
@@ -84,8 +85,11 @@ def test_heads_without_channels(spec, variant):
 @every(lambda spec: spec.along_tokens and "lightning" not in spec.name)
 def test_scales(spec, variant):
     good = spec.arguments(Shape(T=6), variant)
-    for scale, kind in (("1", "str"), (torch.tensor(1.0), "Tensor")):
+    for scale, kind in (("1", "str"), (torch.tensor(1.0), "Tensor"), (True, "bool")):
         refuses(spec, {**good, "scale": scale}, TypeError, f"scale: expected a number, got {kind}")
+    for scale in (math.nan, -math.inf):
+        message = f"scale: expected a finite number, got {scale}"
+        refuses(spec, {**good, "scale": scale}, ValueError, message)
 
 
 @pytest.mark.parametrize("kind", [int, numpy.float32])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 import numbers
 import warnings
 from collections.abc import Callable, Sequence
@@ -195,9 +196,12 @@ def boundaries(
 
 def number(name: str, value: Any) -> float:
     """A number as a float: of an int, which may be 1, Triton would make a constant."""
-    if not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    return float(value)
+    value = float(value)
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
 
 
 def whole_number(name: str, value: Any) -> int:
