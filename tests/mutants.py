@@ -162,7 +162,7 @@ MUTANTS = [
     Mutant(
         "what is lost in a sequence lost in others",
         SOFTMAX,
-        "return cu_seqlens is not None and on_host(cu_seqlens) and not finite(*tensors)",
+        "return cu_seqlens is not None and on_host(cu_seqlens) and not finite(*results)",
         "return False",
     ),
     Mutant(

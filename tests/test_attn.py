@@ -292,6 +292,20 @@ def test_packed_equals_looped(packing, window, place):
         assert relative_error(found[name], expected[name]) < 1e-12, name
 
 
+def test_what_overflows_stays_in_its_sequence():
+    """A value may be finite, and its product with a gradient that it has no part in not."""
+    tensors, draws, _ = operands(100, dtype=torch.float32)
+    tensors["v"][0, 49, 0, 0] = 3e38
+    arguments = {**tensors, "g": logsigmoid(draws + 2).float()}
+    without = {**arguments, "v": tensors["v"].index_fill(1, torch.tensor(49), 0)}
+    found, expected = (
+        results(parallel_attn, {**each, "cu_seqlens": torch.tensor([0, 50, 100])})
+        for each in (arguments, without)
+    )
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name][:, 50:], x[:, 50:])
+
+
 def test_tokens_of_no_sequence_on_a_device(monkeypatch):
     """A padded buffer, whatever it holds: zero outputs and gradients."""
     call_a_device(monkeypatch)

@@ -31,10 +31,15 @@ _LN2 = math.log(2)
 
 def forward(q, k, v, g, sink_bias, cu_seqlens, options):
     """Return o [B, T, HQ, V] and lse [B, HQ, T], finite where a row sees nothing too."""
-    if _to_be_parted(cu_seqlens, q, k, v, g):
-        each = [forward(*x, sink_bias, None, options) for x in _parts(cu_seqlens, q, k, v, g)]
-        o, lse = zip(*each, strict=True)
-        return torch.cat(o, 1), torch.cat(lse, 2)
+    o, lse = _forward(q, k, v, g, sink_bias, cu_seqlens, options)
+    if _may_have_spread(cu_seqlens, o):
+        each = [_forward(*x, sink_bias, None, options) for x in _parts(cu_seqlens, q, k, v, g)]
+        all_o, all_lse = zip(*each, strict=True)
+        return torch.cat(all_o, 1), torch.cat(all_lse, 2)
+    return o, lse
+
+
+def _forward(q, k, v, g, sink_bias, cu_seqlens, options):
     spoilt = None
     if cu_seqlens is None and on_host(q) and not finite(v):
         spoilt, v = ~v.isfinite(), v.nan_to_num(0, 0, 0)
@@ -57,12 +62,17 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
 
     With D_i = do_i·o_i: dS_ij = p_ij (do_i·v_j − D_i), and the sink's share of the row is −p D_i.
     """
-    if _to_be_parted(cu_seqlens, q, k, v, g, do, o, lse):
+    gradients = _backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options)
+    if _may_have_spread(cu_seqlens, *gradients[:4]):
         parts = _parts(cu_seqlens, do, q, k, v, g, o, lse.mT)
-        each = [backward(*x, sink_bias, None, o, lse.mT, options) for *x, o, lse in parts]
+        each = [_backward(*x, sink_bias, None, o, lse.mT, options) for *x, o, lse in parts]
         *of_tokens, dsink = zip(*each, strict=True)
         dq, dk, dv, dg = (torch.cat(x, 1 if x[0].dim() > 1 else 0) for x in of_tokens)
         return dq, dk, dv, dg, torch.stack(dsink).sum(0)
+    return gradients
+
+
+def _backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     dg, dsink = absent(q), absent(q)
     if _torch_serves(q, v, g, cu_seqlens, options):
         dq, dk, dv, delta = _torch_backward(do, q, k, v, o, lse, options)
@@ -78,9 +88,9 @@ def backward(do, q, k, v, g, sink_bias, cu_seqlens, o, lse, options):
     return dq, dk, dv, dg, dsink
 
 
-def _to_be_parted(cu_seqlens: Tensor | None, *tensors: Tensor | None) -> bool:
-    """Whether a block must not hold two sequences, lest 0 · NaN take NaN from one to the other."""
-    return cu_seqlens is not None and on_host(cu_seqlens) and not finite(*tensors)
+def _may_have_spread(cu_seqlens: Tensor | None, *results: Tensor) -> bool:
+    """Whether 0 · NaN may have taken NaN from one sequence to another, in a block that has both."""
+    return cu_seqlens is not None and on_host(cu_seqlens) and not finite(*results)
 
 
 def _parts(cu_seqlens: Tensor, *tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
