@@ -128,12 +128,29 @@ def test_what_cannot_be_cropped():
         assert cache.get_seq_length(0) == 9
 
 
-def test_a_window_keeps_what_it_needs():
-    run, x, cache = model("window", "attn"), draw(2, 9, D), Cache()
+@pytest.mark.parametrize("N", [1, 2])
+def test_a_window_keeps_what_it_needs(N):
+    """And so does what has been cropped."""
+    run, x, cache = model("window", "attn"), draw(N, 9, D), Cache()
     run(x, cache)
     assert [len(cache[i]["attn_state"][0][0]) for i in range(2)] == [4, 9]
-    assert len({each.untyped_storage().nbytes() for each in cache[0]["attn_state"]}) == 1
-    assert cache[0]["attn_state"][0].untyped_storage().nbytes() == 2 * 4 * D * 8
+    cropped = Cache()
+    model("attn")(x, cropped)
+    cropped.crop(4)
+    for each in (*cache[0]["attn_state"], *cropped[0]["attn_state"]):
+        assert each.untyped_storage().nbytes() == N * 4 * D * 8
+
+
+def test_what_is_not_given_stays():
+    cache = Cache()
+    given = {
+        "recurrent_state": draw(1),
+        "conv_state": draw(2),
+        "attn_state": (draw(1, 3), draw(1, 3)),
+    }
+    for name, state in given.items():
+        cache.update(**{name: state}, offset=0)
+    assert cache.update(offset=0) == cache[0] == given
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -241,5 +258,11 @@ def test_arguments_that_are_none():
         cache.reorder_cache([1, 0])
     with pytest.raises(ValueError, match=r"beam_idx: expected \[N\], got \[\]"):
         cache.reorder_cache(torch.tensor(1))
+    with pytest.raises(TypeError, match=r"beam_idx: expected int32 or int64, got torch\.float32"):
+        cache.reorder_cache(torch.ones(2))
+    cache.update(recurrent_state=draw(2, 3))
+    for rows in ([2, 0], [-1, 0]):
+        with pytest.raises(ValueError, match="beam_idx: expected rows from 0 to 1, got"):
+            cache.reorder_cache(torch.tensor(rows))
     with pytest.raises(TypeError, match="max_length: expected a whole number, got float"):
         cache.crop(1.5)

@@ -132,6 +132,22 @@ def test_gradients_through_a_cache(name):
         assert relative_error(found[key], value) < BOUNDS[torch.float64], key
 
 
+@pytest.mark.parametrize("name", ["attn", "attn, window", "fox"])
+def test_gradients_past_a_query_that_has_none(name):
+    made = layer(name, train=True)
+    made.q_proj.requires_grad_(False)
+    x = draw(2, 6, D)
+
+    def split(x):
+        _, _, cache = made(x[:, :5], use_cache=True)
+        return made(x[:, 5:], past_key_values=cache)[0]
+
+    weights = [each for each in made.parameters() if each.requires_grad]
+    found, expected = (torch.autograd.grad(o.sum(), weights) for o in (split(x), made(x)[0][:, 5:]))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
 @every
 @torch.no_grad()
 def test_no_tokens(name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -172,6 +173,19 @@ def test_autocast(name):
         found = trained(lambda x: made(x)[0], made, x)
     assert relative_error(found["o"], made(x)[0]) < 2 * BOUNDS[torch.bfloat16]
     assert all(found[key].dtype == torch.float32 for key, _ in made.named_parameters())
+
+
+def test_sums_in_fp32_under_autocast():
+    """As on a GPU."""
+    made, x = layer("linear, normalised", torch.float32), draw(2, 20, D, dtype=torch.float32)
+
+    def wide(x, *dims, **more):
+        return total(x.float(), *dims, **more)
+
+    total = torch.Tensor.sum
+    with torch.autocast("cpu", torch.bfloat16), mock.patch.object(torch.Tensor, "sum", wide):
+        o, _, _ = made(x)
+    assert relative_error(o, made(x)[0]) < 2 * BOUNDS[torch.bfloat16]
 
 
 @every

@@ -167,6 +167,20 @@ def test_residual(name, dtype, gated, in_fp32):
     agree(run, lambda **given: norm_reference(**given, eps=1e-5, mean=True), inputs, name, dtype)
 
 
+@runs
+def test_a_residual_in_fewer_digits(name, dtype):
+    """It has the sum, but the gradients keep those of x."""
+    inputs = {"x": draw(30, 20, dtype=dtype)}
+    residual = draw(30, 20, seed=1).bfloat16()
+    agree(
+        lambda x: [RMSNorm(20)(x, residual=residual)],
+        lambda x: [norm_reference(x, residual=residual.double(), eps=1e-5, mean=True)[0]],
+        inputs,
+        name,
+        dtype,
+    )
+
+
 @outside
 def test_the_sum_without_a_residual():
     x = draw(3, 8, dtype=torch.bfloat16)
@@ -411,6 +425,15 @@ def test_rotary_of_packed_sequences():
         alone = rotary(q[:, start:stop], k[:, start:stop], first)
         for a, b in zip(whole, alone, strict=True):
             torch.testing.assert_close(a[:, start:stop], b, rtol=1e-12, atol=1e-12)
+
+
+@outside
+def test_rotary_at_a_late_position():
+    """Where the digits of fp32 are those of how many times an angle goes round."""
+    rotary = RotaryEmbedding(64)
+    q = draw(1, 9, 1, 64)
+    found, expected = (rotary(x, x, 10**6)[0] for x in (q.float(), q))
+    assert relative_error(found, expected) < 1e-6
 
 
 @outside

@@ -72,7 +72,8 @@ class SoftmaxMixer(Mixer):
         """Queries of the last columns [N, columns, ...] over all that is kept."""
         k, v, g = (*state["attn_state"], None)[:3]
         kept = Tokens(k, state.get("attn_mask"))
-        if q.shape[1] == 1 and not (torch.is_grad_enabled() and q.requires_grad):
+        learns = any(x is not None and x.requires_grad for x in (q, k, v, g))
+        if q.shape[1] == 1 and not (torch.is_grad_enabled() and learns):
             return self._decode(q, k, v, g, kept)
         before = k.shape[1] - q.shape[1]
         q = torch.cat([q.new_zeros(kept.N, before, *q.shape[2:]), q], 1)  # nobody reads those

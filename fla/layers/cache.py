@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,19 +65,20 @@ class Cache:
     ) -> State:
         """Store a layer's states after ``offset`` more tokens, and return all it has now.
 
-        Recurrent and convolution states replace the old ones.  ``attn_state`` and ``attn_mask`` are
-        those of the new tokens and come behind the old, which take their dtypes; what is returned
-        holds all of them, while of tokens without padding only the last ``window_size`` stay.
+        What is not given stays.  Recurrent and convolution states replace the old ones;
+        ``attn_state`` and ``attn_mask`` are those of the new tokens and come behind the old, which
+        take their dtypes.  What is returned holds all of them, while of tokens without padding only
+        the last ``window_size`` stay.
         """
-        state: State = {}
+        state = dict(self._states.get(layer_idx, {}))
         if recurrent_state is not None:
             state["recurrent_state"] = recurrent_state
         if conv_state is not None:
             state["conv_state"] = conv_state
         whole = state
         if attn_state is not None:
-            whole = state | _behind(self._states.get(layer_idx, {}), attn_state, attn_mask)
-            state = whole if "attn_mask" in whole else state | _last(whole, window_size)
+            whole = state | _behind(state, attn_state, attn_mask)
+            state = whole if "attn_mask" in whole else whole | _last(whole, window_size)
         self._states[layer_idx] = state
         self._seen[layer_idx] = self._seen.get(layer_idx, 0) + offset
         return whole
@@ -88,10 +89,18 @@ class Cache:
             raise TypeError(f"beam_idx: expected a tensor, got {type(beam_idx).__name__}")
         if beam_idx.dim() != 1:
             raise ValueError(f"beam_idx: expected [N], got {list(beam_idx.shape)}")
-        for layer_idx, state in self._states.items():
-            self._states[layer_idx] = _map(
-                state, lambda x: x.index_select(0, beam_idx.to(x.device))
-            )
+        if beam_idx.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"beam_idx: expected int32 or int64, got {beam_idx.dtype}")
+
+        def chosen(x: Tensor) -> Tensor:
+            rows = range(x.shape[0])
+            if beam_idx.is_cpu and not all(i in rows for i in beam_idx.tolist()):
+                raise ValueError(
+                    f"beam_idx: expected rows from 0 to {len(rows) - 1}, got {beam_idx.tolist()}"
+                )
+            return x.index_select(0, beam_idx.to(x.device))
+
+        self._states = {i: _map(state, chosen) for i, state in self._states.items()}
 
     def crop(self, max_length: int) -> None:
         """Forget all but the first ``max_length`` tokens; a negative number is what to forget.
@@ -105,9 +114,7 @@ class Cache:
             if forgotten:
                 state = self._states[layer_idx]
                 stop = state["attn_state"][0].shape[1] - forgotten
-                self._states[layer_idx] = _map(
-                    state, operator.itemgetter((slice(None), slice(stop)))
-                )
+                self._states[layer_idx] = _map(state, functools.partial(_apart, stop=stop))
                 self._seen[layer_idx] = length
 
     def _kept(self, layer_idx: int, max_length: int) -> tuple[int, int]:
@@ -182,11 +189,16 @@ def _behind(old: State, attn_state: tuple[Tensor, ...], attn_mask: Tensor | None
 
 
 def _last(state: State, window_size: int | None) -> State:
-    """The last tokens, in memory of their own if some are left behind."""
+    """The last tokens."""
     attn_state = state["attn_state"]
     if window_size is None or attn_state[0].shape[1] <= window_size:
         return state
-    return {"attn_state": tuple(x[:, x.shape[1] - window_size :].contiguous() for x in attn_state)}
+    return {"attn_state": tuple(_apart(x, start=x.shape[1] - window_size) for x in attn_state)}
+
+
+def _apart(x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """Tokens [start, stop) in memory of their own: a part would keep the whole alive."""
+    return x[:, start:stop].clone(memory_format=torch.contiguous_format)
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -138,4 +138,7 @@ class LinearAttention(GroupedMemoryMixer):
 
 
 def _normed(features: Tensor, norm: bool) -> Tensor:
-    return features / (features.sum(-1, keepdim=True) + SMALL) if norm else features
+    if not norm:
+        return features
+    total = features.sum(-1, keepdim=True).to(features.dtype)  # in fp32 under autocast on a GPU
+    return features / (total + SMALL)

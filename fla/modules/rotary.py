@@ -24,6 +24,8 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         if dim % 2 or dim <= 0:
             raise ValueError(f"dim: expected an even number of channels, got {dim}")
+        if contract.number("base", base) <= 0:
+            raise ValueError(f"base: expected a number above 0, got {base}")
         self.dim, self.base, self.interleaved = dim, base, interleaved
 
     def forward(
@@ -58,7 +60,10 @@ class RotaryEmbedding(nn.Module):
         return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
 
     def _angles(self, q: Tensor, offset: int | Tensor, cu_seqlens: Tensor | None):
-        """Cosines and sines [B or 1, T, 1, dim / 2], fp32 or fp64."""
+        """Cosines and sines [B or 1, T, 1, dim / 2], fp32 or fp64.
+
+        Of angles in fp64, for the digits of fp32 are those of how many times they go round.
+        """
         T, device = q.shape[1], q.device
         dtype = torch.promote_types(q.dtype, torch.float32)
         positions = torch.arange(T, device=device)[None]  # [1, T]
@@ -70,9 +75,9 @@ class RotaryEmbedding(nn.Module):
             positions = positions - cu_seqlens[n]
             if isinstance(offset, Tensor) and offset.dim():
                 offset = offset[n, 0]
-        exponents = torch.arange(0, self.dim, 2, device=device, dtype=dtype) / self.dim
-        angles = (positions + offset).to(dtype)[..., None] * self.base**-exponents
-        return angles.cos()[:, :, None], angles.sin()[:, :, None]
+        exponents = torch.arange(0, self.dim, 2, device=device, dtype=torch.float64) / self.dim
+        angles = (positions + offset)[..., None] * self.base**-exponents
+        return angles.cos().to(dtype)[:, :, None], angles.sin().to(dtype)[:, :, None]
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned, rest = x[..., : self.dim].to(cos.dtype), x[..., self.dim :]

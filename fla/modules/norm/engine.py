@@ -66,9 +66,13 @@ def norm_engine(
     )
     if output_dtype is not None:
         contract.floating("output_dtype", output_dtype)
-    if residual is not None and sum_dtype is None:
-        sum_dtype = residual.dtype
-    keeps = sum_dtype is not None and (residual is not None or sum_dtype != x.dtype)
+    kept = None
+    if residual is not None:
+        sum_dtype = residual.dtype if sum_dtype is None else sum_dtype
+        # gradients are taken from it, and would lose what a narrower one rounds off
+        kept = torch.promote_types(sum_dtype, x.dtype)
+    elif sum_dtype not in (None, x.dtype):
+        kept = sum_dtype
     y, h = _forward(
         x,
         weight,
@@ -79,10 +83,10 @@ def norm_engine(
             mean,
             ACTIVATIONS[activation],
             x.dtype if output_dtype is None else output_dtype,
-            sum_dtype if keeps else None,
+            kept,
         ),
     )
-    return y, h if keeps else x
+    return y, x if kept is None else h.to(sum_dtype)
 
 
 def _dim(x: Any) -> int:
