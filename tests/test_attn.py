@@ -292,6 +292,18 @@ def test_packed_equals_looped(packing, window, place):
         assert relative_error(found[name], expected[name]) < 1e-12, name
 
 
+@pytest.mark.parametrize("name", "qk")
+@pytest.mark.parametrize("T", [1, 5, 300])
+def test_logits_that_are_all_nan_are_seen(T, name):
+    """PyTorch's attention for the CPU would make zeros of some of them."""
+    tensors, *_ = operands(T, V=16)
+    expected = parallel_attn(**tensors)
+    tensors[name][:, -1] = torch.nan
+    o = parallel_attn(**tensors)
+    assert o[:, -1].isnan().all()
+    torch.testing.assert_close(o[:, :-1], expected[:, :-1])
+
+
 def test_what_overflows_stays_in_its_sequence():
     """A value may be finite, and its product with a gradient that it has no part in not."""
     tensors, draws, _ = operands(100, dtype=torch.float32)

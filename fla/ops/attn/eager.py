@@ -43,9 +43,12 @@ def _forward(q, k, v, g, sink_bias, cu_seqlens, options):
     spoilt = None
     if cu_seqlens is None and on_host(q) and not finite(v):
         spoilt, v = ~v.isfinite(), v.nan_to_num(0, 0, 0)
-    if _torch_serves(q, v, g, cu_seqlens, options):
+    served = _torch_serves(q, v, g, cu_seqlens, options)
+    if served:
         o, lse = _torch_forward(q, k, v, options)
-    else:
+        # where all logits of a row are NaN it may leave zeros
+        served = not (lse == 0).any() or finite(q, k)
+    if not served:
         o, lse = _blocked_forward(Walk(q, k, v, g, cu_seqlens, options))
     if sink_bias is not None:
         sink = sink_bias.to(lse.dtype)[:, None]
