@@ -92,12 +92,12 @@ class Cache:
         if beam_idx.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"beam_idx: expected int32 or int64, got {beam_idx.dtype}")
 
+        known = beam_idx.tolist() if beam_idx.is_cpu else []  # a device is not asked
+
         def chosen(x: Tensor) -> Tensor:
-            rows = range(x.shape[0])
-            if beam_idx.is_cpu and not all(i in rows for i in beam_idx.tolist()):
-                raise ValueError(
-                    f"beam_idx: expected rows from 0 to {len(rows) - 1}, got {beam_idx.tolist()}"
-                )
+            rows = x.shape[0]
+            if not all(0 <= i < rows for i in known):
+                raise ValueError(f"beam_idx: expected rows from 0 to {rows - 1}, got {known}")
             return x.index_select(0, beam_idx.to(x.device))
 
         self._states = {i: _map(state, chosen) for i, state in self._states.items()}
