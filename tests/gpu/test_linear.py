@@ -179,6 +179,7 @@ def test_beyond_two_to_the_31_elements():
     g -= 1.0  # what lies far back has no part in the end
     found = run(q, k, v, g, do)
     tail = slice(T - 1024, None)
-    expected = run(*(x[:, tail] for x in (q, k, v, g, do)))
+    # in fp64, for what all tokens before have rounded off is in dg
+    expected = run(*(x[:, tail].double() for x in (q, k, v, g, do)))
     for a, b in zip(found, expected, strict=True):
-        assert relative_error(a[:, -512:], b[:, -512:]) < 1e-3
+        assert relative_error(a[:, -512:], b[:, -512:]) < 5e-3
