@@ -23,7 +23,10 @@ HEAD_LIMITS = {"K": 512, "V": 512}
 
 
 class Options(NamedTuple):
-    """What a call wants beside its tensors; ``chunk_size`` 0 lets the implementation choose."""
+    """What a call wants beside its tensors; ``chunk_size`` 0 lets the implementation choose.
+
+    ``normalize`` is for calls without a gate.
+    """
 
     scale: float
     chunk_size: int = 0

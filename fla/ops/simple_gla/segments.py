@@ -138,7 +138,6 @@ def summary_kernel(
                     )
                     b_w = tl.where(side == 1, b_into, b_out)
                     b_s *= power(s_all)
-                    b_z *= power(s_all)
                     s_sum += s_all
                 b_e = b_w
                 if norm is not None:

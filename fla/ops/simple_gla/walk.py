@@ -8,8 +8,8 @@ The output is the walk of (q, k, v).  Its gradients are walks too: dq is that of
 same order of time; dk that of (v, do, q) and dv that of (k, q, do) in the opposite order, where a
 token's own decay lies behind it instead of before it.
 
-The normaliser is one more column of ones on v: the output's is scale q·z, and in the products do·v
-of the gradients there is one more pair of factors, dnorm and 1.
+The normaliser, of calls without a gate, is one more column of ones on v: the output's is scale q·z,
+and in the products do·v of the gradients there is one more pair of factors, dnorm and 1.
 """
 
 from __future__ import annotations
@@ -93,7 +93,6 @@ def walk_kernel(
     NZ: tl.constexpr = (Z + BZ - 1) // BZ
     BACK: tl.constexpr = REVERSE != GRADIENT
     GATED: tl.constexpr = (sums is not None) or (g_gamma is not None)
-    NORMED: tl.constexpr = (norm is not None) and not GRADIENT
     SPLIT: tl.constexpr = rows is not None and PRECISION != "tf32x3"
     KV: tl.constexpr = X * Z + (Z if TURNED else X)  # of a state with z behind it
     pid = tl.program_id(0)
@@ -192,13 +191,13 @@ def walk_kernel(
                 b_q = b_out if GRADIENT else b_into
                 if SPLIT:
                     # the other walk's states hold this row with its weight and rounded
-                    b_f = b_beside * (b_q * b_n if NORMED else b_q)[:, None]
+                    b_f = b_beside * b_q[:, None]
                     b_f = rounded(b_f, PRECISION) - b_f
                     b_r = tl.sum(b_o * b_f, 1)
                 b_o *= b_q[:, None]
                 b_s *= power(s_all)
             if norm is not None and GRADIENT:
-                b_k = b_k * b_n if GATED else b_n
+                b_k = b_n
             if GATED or (norm is not None and GRADIENT):
                 b_u = operand(b_z * b_k[:, None], D, PRECISION)
             b_s = product(tl.trans(b_y), b_u, b_s, PRECISION)
@@ -221,8 +220,6 @@ def walk_kernel(
             b_o = product(operand(b_a, D, PRECISION), b_z, b_o, PRECISION)
             if rows is not None:
                 b_t = tl.sum(b_o * b_beside.to(tl.float32), 1)  # [C]
-                if NORMED:
-                    b_t *= b_n
                 if SPLIT:
                     b_t += b_r
                 tl.store(rows + token + o_c, b_t * scale, mask=m_t)
@@ -231,23 +228,17 @@ def walk_kernel(
                     b_d = tl.where(m_own, b_own[:, None], 0.0)  # [C, C]
                     b_o = product(operand(b_d, D, PRECISION), b_z, b_o, PRECISION)
             b_o *= scale
-            if NORMED:
+            if norm is not None and not GRADIENT:
                 b_o *= b_n[:, None]
             if dnorm is not None:
-                if GATED:
-                    b_e *= power(s_all)
                 if GRADIENT:
-                    b_d *= b_k
+                    b_d *= b_n
                     b_e += tl.sum(b_z.to(tl.float32) * b_d[:, None], 0)
                 else:
                     b_e += tl.sum(b_u.to(tl.float32), 0)
             if new_norm is not None:
                 b_n = tl.sum(b_x.to(tl.float32) * b_e[None, :], 1)  # [C]
-                if GATED:
-                    b_n *= b_into
-                    b_e = b_e * power(s_all) + tl.sum(b_y.to(tl.float32) * b_out[:, None], 0)
-                else:
-                    b_e += tl.sum(b_y.to(tl.float32), 0)
+                b_e += tl.sum(b_y.to(tl.float32), 0)
                 b_n = (b_n + tl.sum(b_a, 1)) * scale
                 if NX == 1:
                     b_n += NORMALIZER_EPS
