@@ -180,6 +180,27 @@ def test_forgotten_blocks_are_not_met():
     assert forgets < T * T / 8
 
 
+@pytest.mark.parametrize("limit", ["_LARGEST_RUN", "_RUN"])
+def test_blocks_are_as_small_as_they_have_to_be(limit, monkeypatch):
+    """Of fewer rows for the sake of memory, or of fewer heads for that of the cache."""
+    tensors, draws, _ = operands(300, dtype=torch.float32)
+    arguments = {**tensors, "g": logsigmoid(draws).float()}
+    met = []
+
+    def blocks(walk, *floor, blocks=eager_blocks.Walk.blocks):
+        for block in blocks(walk, *floor):
+            met.append(math.prod(block.sizes))
+            yield block
+
+    monkeypatch.setattr(eager_blocks.Walk, "blocks", blocks)
+    agree(arguments, 1e-5)
+    before = max(met)
+    monkeypatch.setattr(eager_blocks, limit, 1 << 15)
+    met.clear()
+    agree(arguments, 1e-5)
+    assert max(met) <= before / 2
+
+
 def test_skipping_changes_nothing(monkeypatch):
     """Blocks that are left out do not show in the result."""
     tensors, draws, sink = operands(2000, H=1, dtype=torch.float32)

@@ -202,6 +202,19 @@ def test_bad_serving(changes, message):
         fused_recurrent_kda_fwd(*operands(1), **arguments)
 
 
+@pytest.mark.parametrize(
+    "slots, message",
+    [
+        ([1], "ssm_state_indices: expected a tensor, got list"),
+        (torch.tensor([1.0]), "ssm_state_indices: expected torch.int32 or torch.int64, got torch."),
+    ],
+)
+def test_slots_are_whole_numbers(slots, message):
+    pool = pool_of(torch.float32, False)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        fused_recurrent_kda_fwd(*operands(1), initial_state=pool, ssm_state_indices=slots)
+
+
 def test_more_tokens_than_slots():
     pool, slots = pool_of(torch.float32, False), torch.tensor([[1, 2]])
     with pytest.raises(ValueError, match="expected a slot for each of 3 tokens, got 2"):

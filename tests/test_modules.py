@@ -533,3 +533,14 @@ def test_compiles_as_one_graph():
     for T in (5, 9):
         x = draw(2, T, 8, dtype=torch.float32)
         torch.testing.assert_close(compiled(x), norm(conv(x)[0], x))
+
+
+def test_modules_say_how_they_were_made():
+    made = RMSNorm(16), FusedRMSNormGated(16), L2Norm(), RotaryEmbedding(16), ShortConvolution(8, 4)
+    assert [repr(each) for each in made] == [
+        "RMSNorm(16, eps=1e-05, elementwise_affine=True)",
+        "FusedRMSNormGated(16, eps=1e-05, elementwise_affine=True, activation=swish)",
+        "L2Norm(eps=1e-06)",
+        "RotaryEmbedding(16, base=10000.0, interleaved=False)",
+        "ShortConvolution(8, 4, bias=False, activation=silu)",
+    ]

@@ -167,7 +167,10 @@ SPECS = [
         run=ops.parallel_simple_gla,
         reference=_parallel_reference,
         gradients=("q", "k", "v", "g"),
-        variants={"gate": both(gate, output_attentions=True, scale=0.5)},
+        variants={
+            "plain": {"output_attentions": True},
+            "gate": both(gate, output_attentions=True, scale=0.5),
+        },
         state=False,
         packed=False,
     ),
