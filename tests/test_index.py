@@ -1,5 +1,7 @@
 """The index helpers against what their docstrings say, spelled out with Python loops."""
 
+import re
+
 import pytest
 import torch
 
@@ -93,9 +95,29 @@ def test_a_host_copy_is_all_that_is_read():
         assert result.device.type == "meta"
 
 
-def test_bad_input():
-    bounds = boundaries([0, 3, 7], torch.int32)
-    with pytest.raises(ValueError, match="chunk_size: expected at least 1, got 0"):
-        index.prepare_chunk_offsets(bounds, 0)
-    with pytest.raises(ValueError, match=r"cu_seqlens_cpu: expected \[4\], got \[2\]"):
-        index.prepare_lens(bounds, bounds[:2])
+BOUNDS, LENS, MASK = torch.tensor([0, 3, 7]), torch.tensor([3, 4]), torch.ones(2, 4)
+BAD = [
+    (ValueError, "chunk_size: expected at least 1, got 0", "chunk_offsets", (BOUNDS, 0)),
+    (TypeError, "chunk_size: expected a whole number, got float", "chunk_indices", (BOUNDS, 4.0)),
+    (ValueError, "cu_seqlens_cpu: expected [3], got [2]", "lens", (BOUNDS, BOUNDS[:2])),
+    (TypeError, "cu_seqlens_cpu: expected a tensor, got list", "lens", (BOUNDS, [0, 3, 7])),
+    (TypeError, "cu_seqlens: expected a tensor, got list", "token_indices", ([0, 3, 7],)),
+    (
+        TypeError,
+        "cu_seqlens: expected torch.int32 or torch.int64, got torch.float32",
+        "position_ids",
+        (BOUNDS.float(),),
+    ),
+    (ValueError, "cu_seqlens: expected [N + 1], got [1, 3]", "sequence_ids", (BOUNDS[None],)),
+    (ValueError, "cu_seqlens: expected [N + 1], got [0]", "lens", (BOUNDS[:0],)),
+    (TypeError, "lens: expected a tensor, got list", "cu_seqlens_from_lens", ([3, 4],)),
+    (ValueError, "lens: expected [N], got [1, 2]", "cu_seqlens_from_lens", (LENS[None],)),
+    (TypeError, "mask: expected a tensor, got NoneType", "lens_from_mask", (None,)),
+    (ValueError, "mask: expected [B, T], got [4]", "cu_seqlens_from_mask", (MASK[0],)),
+]
+
+
+@pytest.mark.parametrize("error, message, name, arguments", BAD, ids=[x[1] for x in BAD])
+def test_bad_input(error, message, name, arguments):
+    with pytest.raises(error, match=re.escape(message)):
+        getattr(index, f"prepare_{name}")(*arguments)

@@ -143,14 +143,8 @@ def number_of_sequences(
             raise ValueError("cu_seqlens_cpu: expected None without cu_seqlens, got a tensor")
         return q.shape[0]
     for name, bounds in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):
-        if bounds is None:
-            continue
-        if not isinstance(bounds, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(bounds).__name__}")
-        if bounds.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: expected torch.int32 or torch.int64, got {bounds.dtype}")
-        if bounds.dim() != 1 or bounds.shape[0] < 1:
-            raise ValueError(f"{name}: expected [N + 1], got {list(bounds.shape)}")
+        if bounds is not None:
+            boundary_tensor(name, bounds)
     if cu_seqlens.device != q.device:
         raise ValueError(
             f"cu_seqlens: expected the device of {tokens}, {q.device}, got {cu_seqlens.device}"
@@ -162,6 +156,21 @@ def number_of_sequences(
     if q.shape[0] != 1:
         raise ValueError(f"{tokens}: expected a batch of 1 with cu_seqlens, got {q.shape[0]}")
     return cu_seqlens.shape[0] - 1
+
+
+def index_tensor(name: str, value: Any) -> None:
+    """A tensor of whole numbers."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected torch.int32 or torch.int64, got {value.dtype}")
+
+
+def boundary_tensor(name: str, bounds: Any) -> None:
+    """Boundaries of sequences, whatever their values."""
+    index_tensor(name, bounds)
+    if bounds.dim() != 1 or bounds.shape[0] < 1:
+        raise ValueError(f"{name}: expected [N + 1], got {list(bounds.shape)}")
 
 
 def alike(cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor) -> None:

@@ -217,10 +217,7 @@ def _check_slots(N: int, device: torch.device, indices, accepted, inplace: bool)
     ):
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: expected torch.int32 or torch.int64, got {tensor.dtype}")
+        contract.index_tensor(name, tensor)
         if tensor.device != device:
             raise ValueError(f"{name}: expected the device of q, {device}, got {tensor.device}")
         if tensor.dim() not in dims or tensor.shape[0] != N:

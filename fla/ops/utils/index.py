@@ -20,11 +20,18 @@ def prepare_lens(cu_seqlens: Tensor, cu_seqlens_cpu: Tensor | None = None) -> Te
 
 def prepare_lens_from_mask(mask: Tensor) -> Tensor:
     """Number of tokens in each row of a mask [B, T], [B] in int32."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+    if mask.dim() != 2:
+        raise ValueError(f"mask: expected [B, T], got {list(mask.shape)}")
     return mask.sum(-1, dtype=torch.int32)
 
 
 def prepare_cu_seqlens_from_lens(lens: Tensor, dtype: torch.dtype | None = torch.int32) -> Tensor:
     """Boundaries of sequences of these lengths, [N + 1]."""
+    contract.index_tensor("lens", lens)
+    if lens.dim() != 1:
+        raise ValueError(f"lens: expected [N], got {list(lens.shape)}")
     return torch.cat([lens.new_zeros(1), lens]).cumsum(0, dtype=dtype)
 
 
@@ -70,14 +77,16 @@ def prepare_chunk_offsets(
 
 
 def _bounds(cu_seqlens: Tensor, cu_seqlens_cpu: Tensor | None) -> Tensor:
+    contract.boundary_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens_cpu is None:
         return cu_seqlens
+    contract.boundary_tensor("cu_seqlens_cpu", cu_seqlens_cpu)
     contract.alike(cu_seqlens, cu_seqlens_cpu)
     return cu_seqlens_cpu
 
 
 def _chunks(lens: Tensor, chunk_size: int) -> Tensor:
-    if chunk_size < 1:
+    if contract.whole_number("chunk_size", chunk_size) < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     return (lens + chunk_size - 1) // chunk_size
 
