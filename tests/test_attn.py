@@ -557,6 +557,3 @@ def test_decoding_near_weights_at_32768_tokens():
     expected = naive_attn_decoding(q.double(), k.double(), v.double(), g.double())[0, 0, 0]
     seen = expected > 1e-30
     assert ((found - expected) / expected)[seen].abs().max() < 1e-6
-
-
-# Bad input
