@@ -134,6 +134,8 @@ def atomic_add(p: Pointer, x: Any, sem: str, scope: str) -> Value:
 
 
 def atomic_xchg(p: Pointer, x: Any, sem: str, scope: str) -> Value:
+    """Who looks for what another program leaves behind finds it, or would look for ever."""
     old = load(p)
+    assert sem != "acquire" or old.x, "no program before this one has been here"
     store(p, x)
     return old

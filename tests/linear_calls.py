@@ -72,6 +72,7 @@ class HopperCase(NamedTuple):
     shape: Shape
     segments: bool
     turns: bool = False  # are taken by those who put out
+    programs: int = 7  # at once, among which heads are uneven
 
     @property
     def spec(self) -> OpSpec:
@@ -79,14 +80,19 @@ class HopperCase(NamedTuple):
 
 
 def hopper_cases() -> Iterator[HopperCase]:
-    """Every second pair of a call and a length, and every fourth in turns; each size of heads."""
+    """Every second pair of a call and a length, and every fourth in turns; each size of heads.
+
+    Packed sequences are walked in shares, every second time by heads.
+    """
     for i, lengths in enumerate(_HOPPER_LENGTHS):
         for j, call in enumerate(_HOPPER_CALLS):
             if (i + j) % 2 == 0:
                 segments = (i + j) % 4 == 0
                 K, V = _HOPPER_SIZES[(i + 3 * j) % len(_HOPPER_SIZES)]
                 rows = {"B": 1} if segments and len(lengths) == 1 else {}  # segments are of one
-                yield HopperCase(*call, shape_of(lengths, K=K, V=V, **rows), segments)
+                shape = shape_of(lengths, K=K, V=V, **rows)
+                programs = shape.H if shape.lengths and j < 4 else 7
+                yield HopperCase(*call, shape, segments, programs=programs)
             elif (i + j) % 4 == 1:
                 K, V = _SIZES_IN_TURNS[(i + j // 4) % len(_SIZES_IN_TURNS)]
                 yield HopperCase(*call, shape_of(lengths, K=K, V=V), segments=False, turns=True)

@@ -318,6 +318,13 @@ MUTANTS = [
         BACKWARD_TESTS,
     ),
     Mutant(
+        "a state not handed on to the share that goes on",
+        "fla/ops/simple_gla/hopper_walk.py",
+        "mask=(opens == 0) & (o_x < X), other=0.0)\n        within",
+        "mask=(opens != 0) & (o_x < X), other=0.0)\n        within",
+        ("test_linear_hopper.py",),
+    ),
+    Mutant(
         "of a map that joins segments the last piece alone",
         "fla/ops/kda/chunk_inter.py",
         "b_next = tl.where(part == 0, b_a, b_next)",

@@ -26,16 +26,18 @@ pytestmark = marks
 
 
 @contextlib.contextmanager
-def on_hopper(segments=False, turns=False):
+def on_hopper(segments=False, turns=False, programs=132):
     """Inside, kernels take short calls too, whether verified or not; yields their launches.
 
-    With ``turns`` the outputs of whole sequences are put out in turns.
+    With ``turns`` the outputs of whole sequences are put out in turns; what is not falls into
+    shares, where heads would leave some of the ``programs`` idle.
     """
     with (
         verified("linear walk"),
         mock.patch.object(hopper, "SMALLEST", 1),
         mock.patch.object(hopper, "takes", lambda q, v: turns),
         mock.patch.object(blocks, "multiprocessors", lambda device: 132 if segments else 1),
+        mock.patch.object(hopper_walk, "multiprocessors", lambda device: programs),
         launched_from(hopper_walk, hopper_turns) as launched,
     ):
         yield launched
@@ -46,7 +48,7 @@ in_turns_or_not = pytest.mark.parametrize("turns", [False, True])
 
 @pytest.mark.parametrize("case", list(linear_calls.hopper_cases()), ids=str)
 def test_against_fp64(case):
-    with on_hopper(case.segments, case.turns) as launched:
+    with on_hopper(case.segments, case.turns, case.programs) as launched:
         check(case.spec, case.shape, case.variant, torch.bfloat16)
     assert "hopper_walk_kernel" in launched
     assert ("hopper_turns_kernel" in launched) == case.turns

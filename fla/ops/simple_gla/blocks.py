@@ -196,20 +196,24 @@ def sums_at(sums, gamma, token, there, C: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def seen(C: tl.constexpr, REVERSE: tl.constexpr):
-    """Which keys (columns) a chunk's queries (rows) see: [C, C]."""
+def seen(apart, C: tl.constexpr, REVERSE: tl.constexpr):
+    """Which keys (columns) a chunk's queries (rows) see: [C, C].
+
+    Those that are ``apart`` by as many tokens, 0 for their own too.
+    """
     o_c = tl.arange(0, C)
     if REVERSE:
-        m = o_c[:, None] <= o_c[None, :]
+        m = o_c[:, None] + apart <= o_c[None, :]
     else:
-        m = o_c[:, None] >= o_c[None, :]
+        m = o_c[:, None] >= o_c[None, :] + apart
     return m
 
 
 @triton.jit
 def pair_weights(
-    sums, rests, gamma, token, there, C: tl.constexpr, REVERSE: tl.constexpr, TURNED: tl.constexpr
-):
+    sums, rests, gamma, token, there, apart, C: tl.constexpr, REVERSE: tl.constexpr,
+    TURNED: tl.constexpr,
+):  # fmt: skip
     """2 to the power of the decay from key (column) to query (row), zero where it sees nothing.
 
     TURNED: from key (row) to query (column).
@@ -221,7 +225,7 @@ def pair_weights(
         b_span += b_rest[:, None] - b_rest[None, :]
     if TURNED:
         b_span = -b_span
-    return power(tl.where(seen(C, REVERSE != TURNED), b_span, float("-inf")))
+    return power(tl.where(seen(apart, C, REVERSE != TURNED), b_span, float("-inf")))
 
 
 @triton.jit

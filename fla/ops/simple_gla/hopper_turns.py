@@ -34,6 +34,7 @@ from fla.ops.common.kernels import LOG2E, multiprocessors, power
 from fla.ops.common.launch import launch
 from fla.ops.simple_gla.blocks import Call
 from fla.ops.simple_gla.hopper_blocks import (
+    BY_FOUR,
     C,
     chunks_of,
     seen,
@@ -46,9 +47,9 @@ from fla.ops.simple_gla.hopper_walk import (
     MARKS,
     OPENS,
     PLACES,
-    SEQUENCE,
     THERE,
     TOKEN,
+    WHOSE,
     forget,
     new_rings,
     produce,
@@ -107,7 +108,7 @@ def carry_on(
     while n < count:
         passing.x_ring.wait(n)
         marks = told(passing.places, n, MARKS)
-        place = (told(passing.places, n, SEQUENCE) * H + i_h).to(gl.int64) * (X * Z)
+        place = told(passing.places, n, WHOSE).to(gl.int64) * (X * Z)
         b_s = gl.zeros([X, BZ], gl.float32, STATE)
         if start is not None:
             m = ((marks & OPENS) != 0) & (o_x < X)
@@ -236,17 +237,11 @@ def hopper_turns_kernel(
     i_z = gl.program_id(0) % NZ
     i_h = gl.program_id(0) // NZ % H
     i_b = gl.program_id(0) // (NZ * H)
-    first = i_b
-    last = i_b + 1
-    if cu_seqlens is not None:
-        first = 0
-        last = N
-    count = chunks_of(cu_seqlens, N, T)
+    h = gl.program_id(0) // NZ
+    count = chunks_of(cu_seqlens, N, T, BY_FOUR)
     gamma = 0.0
     if g_gamma is not None:
         gamma = gl.load(g_gamma + i_h).to(gl.float32) * LOG2E
-    if SUMMED:
-        sums += (i_h * (gl.num_programs(0) // (NZ * H)) + i_b).to(gl.int64) * T
     out += i_b.to(gl.int64) * T * (H * Z)
 
     x_ring, y_ring, z_ring = new_rings(x_desc, y_desc, z_desc, STAGES, cu_seqlens is not None)
@@ -278,8 +273,9 @@ def hopper_turns_kernel(
             (
                 produce,
                 (
-                    x_desc, y_desc, z_desc, None, sums, x_ring, y_ring, z_ring, z_ring, s_tiles,
-                    places, cu_seqlens, i_b, i_h, i_z, first, last, N, T, 0, T + 1, REVERSE,
+                    x_desc, y_desc, z_desc, None, sums, None, x_ring, y_ring, z_ring, z_ring,
+                    s_tiles, places, cu_seqlens, h, 0, 0, h, 1 if cu_seqlens is None else N, 0,
+                    i_z, N, T, H, NZ, REVERSE,
                 ),
             ),
             (

@@ -3,6 +3,12 @@
 One warp copies tiles, says where each chunk lies and clears what is not its sequence's, so that the
 others walk over the chunks of all sequences alike.  Four weigh the pairs inside a chunk and what is
 added to the state; four carry the state, multiply it and put out.
+
+A program owns a head, or one of its segments where the states that enter them are known.  Where
+heads would leave much of the chip idle, and are more than it runs or of packed sequences, the
+chunks of all heads lie in one line, of which programs have equal shares.  What a share cuts goes on
+in the next one: each walks first through what the next one waits for, and last through what waits
+for the one before.  A sequence longer than a share is walked in its order of time nevertheless.
 """
 
 from __future__ import annotations
@@ -33,15 +39,18 @@ from fla.ops.common.hopper import (
     told,
     wait_before,
 )
-from fla.ops.common.kernels import LARGEST_EXPONENT, LOG2E, cdiv, power
+from fla.ops.common.kernels import LARGEST_EXPONENT, LOG2E, cdiv, multiprocessors, power
 from fla.ops.common.launch import launch
 from fla.ops.simple_gla.blocks import Call, steep
 from fla.ops.simple_gla.hopper_blocks import (
+    BY_WARP,
     C,
+    chunks_of,
     leading,
+    place_of_token,
+    places_of_chunks,
     rounded,
     seen,
-    sequences_in,
     sum_of,
     sums_at,
     visit,
@@ -57,16 +66,22 @@ AHEAD = gl.constexpr(2)
 PLACES = gl.constexpr(16)
 # How many chunks that a sequence cuts may be under way to be cleared
 CUT = gl.constexpr(2)
-# A place: the first token, how many there are, marks, and the sequence
+# A place: the first token, how many there are, marks, and which of all sequences' and heads' states
+# is its own
 TOKEN = gl.constexpr(0)
 THERE = gl.constexpr(1)
 MARKS = gl.constexpr(2)
-SEQUENCE = gl.constexpr(3)
-# Marks: another chunk follows; none does of this sequence, here; its walk begins, or ends, here
+WHOSE = gl.constexpr(3)
+# Marks: another chunk follows; none does of this sequence, here; its walk begins, or ends, here; or
+# goes on in another share
 MORE = gl.constexpr(1)
 LAST = gl.constexpr(2)
 OPENS = gl.constexpr(4)
 CLOSES = gl.constexpr(8)
+GOES_ON = gl.constexpr(16)
+# The widest states that shares do not spill; and what these have to save, for they cost some 5 %
+_WIDEST = 128
+_EVEN = 1.1
 # Parts of each row that ``carry_on`` leaves to be added up
 PARTS = gl.constexpr(32)
 # Columns of a chunk that shared memory holds beside two tiles each of pairs, u, output and parts
@@ -107,19 +122,54 @@ def complete(x_ring, y_ring, z_ring, n, cut, there):
 @gluon.jit
 def forget(out, p_o, o_c, STRIDE: gl.constexpr, cu_seqlens, N, T, begin, stop):
     """Zeros for tokens of no sequence; p_o is where elements of their chunks' rows o_c lie."""
-    bos, length, _, at, steps = visit(cu_seqlens, N, N, T, begin, stop)
-    for c in range(at, at + steps):
+    bos, length, chunks = visit(cu_seqlens, N, N, T)
+    first = gl.cdiv(gl.maximum(begin - bos, 0), C)
+    last = gl.minimum(gl.cdiv(gl.maximum(stop - bos, 0), C), chunks)
+    for c in range(first, last):
         p = out + (bos + c * C).to(gl.int64) * STRIDE + p_o
         b_0 = gl.zeros_like(p_o).to(out.dtype.element_ty)
         gl.store(p, b_0, mask=(o_c < length - c * C)[:, None])
 
 
 @gluon.jit
+def share_of(cu_seqlens, i, shares, N, T, H: gl.constexpr):
+    """The i-th of ``shares`` of the chunks of all heads: from (head, sequence, chunk) to another.
+
+    Heads are those of all rows.  Shares that are empty are the last ones, for the one before each
+    is to have the chunk before.
+    """
+    chunks = chunks_of(cu_seqlens, N, T, BY_WARP)
+    every = chunks * (H if cu_seqlens is not None else H * N)
+    size = gl.cdiv(every, shares)
+    begin = gl.minimum(i * size, every)
+    stop = gl.minimum(begin + size, every)
+    chunks = gl.maximum(chunks, 1)
+    h_0 = begin // chunks
+    h_1 = gl.maximum(stop - 1, 0) // chunks
+    n_0, c_0, n_1, c_1 = places_of_chunks(
+        cu_seqlens, begin - h_0 * chunks, stop - h_1 * chunks, N, T, BY_WARP
+    )
+    return h_0, n_0, c_0, h_1, n_1, c_1
+
+
+@gluon.jit
+def interval_of(cu_seqlens, h, begin, stop, N, T):
+    """``share_of`` for the chunks of head h that begin in [begin, stop)."""
+    n_0, c_0 = place_of_token(cu_seqlens, begin, N, T, BY_WARP)
+    n_1, c_1 = place_of_token(cu_seqlens, stop, N, T, BY_WARP)
+    return h, n_0, c_0, h, n_1, c_1
+
+
+@gluon.jit
 def produce(
-    x_desc, y_desc, z_desc, b_desc, sums, x_ring, y_ring, z_ring, b_ring, s_tiles, places,
-    cu_seqlens, i_b, i_h, i_z, first, last, N, T, begin, stop, BACK: gl.constexpr,
+    x_desc, y_desc, z_desc, b_desc, sums, flags, x_ring, y_ring, z_ring, b_ring, s_tiles,
+    places, cu_seqlens, h_0, n_0, c_0, h_1, n_1, c_1, i_z, N, T, H: gl.constexpr,
+    NZ: gl.constexpr, BACK: gl.constexpr,
 ):  # fmt: skip
     """Copy the tiles of each chunk in the order of the walk, all to arrive at one barrier.
+
+    Chunks are those from (h_0, n_0, c_0) to (h_1, n_1, c_1), of heads of all rows, of their
+    sequences and of these.  Where there is none a chunk without tokens stands for them.
 
     And lay beside them the chunk's place.  Its gate's sums are copied one by one: a copy of all of
     them begins at multiples of 16 bytes, a chunk at any token.
@@ -144,57 +194,111 @@ def produce(
     # how many chunks have been cut, and how many tokens the last chunk has
     cuts = 0
     before = C
-    for i_n in range(first, last):
-        bos, length, chunks, at, steps = visit(cu_seqlens, i_n, N, T, begin, stop)
-        head = bos >= begin
-        tail = at + steps == chunks
-        opens = tail if BACK else head
-        closes = head if BACK else tail
-        for i in range(steps):
-            c = at + (steps - 1 - i if BACK else i)
-            token = bos + c * C
-            there = gl.minimum(length - c * C, C)
-            marks = gl.where((i_n + 1 < last) | (i + 1 < steps), MORE, 0)
-            marks += gl.where(i + 1 == steps, LAST, 0)
-            marks += gl.where(opens, OPENS, 0) + gl.where(closes, CLOSES, 0)
-            b_p = gl.where(o_p == TOKEN, token, there)
-            b_p = gl.where(o_p == MARKS, marks, gl.where(o_p == SEQUENCE, i_n, b_p))
-            wide = [i_b, token, i_h, 0]
-            block = [i_b, token, i_h, i_z * COLUMNS]
-            stage = n % STAGES
-            arrived = x_ring.ready.index(stage)
-            if PACKED:
-                arrived = x_ring.ready.index(gl.where(there < C, STAGES + cuts % CUT, stage))
-            wait_before(x_ring.empty, n)
-            mbarrier.expect(arrived, BYTES)
-            tma.async_copy_global_to_shared(x_desc, wide, arrived, x_ring.tiles.index(stage))
-            tma.async_copy_global_to_shared(y_desc, wide, arrived, y_ring.tiles.index(stage))
-            tma.async_copy_global_to_shared(z_desc, block, arrived, z_ring.tiles.index(stage))
-            if b_desc is not None:
-                tma.async_copy_global_to_shared(b_desc, block, arrived, b_ring.tiles.index(stage))
-            if sums is not None:
-                async_copy.async_copy_global_to_shared(
-                    s_tiles.index(stage), sums + token + o_c, mask=o_c < there
-                )
-                async_copy.mbarrier_arrive(arrived)
-            tell(places, n, b_p)
-            mbarrier.arrive(arrived, count=1)
-            if PACKED:
-                if before < C:
-                    complete(x_ring, y_ring, z_ring, n - 1, cuts - 1, before)
-                before = there
-                cuts += (there < C).to(gl.int32)
-            n += 1
+    nothing = (h_0 > h_1) | ((h_0 == h_1) & ((n_0 > n_1) | ((n_0 == n_1) & (c_0 >= c_1))))
+    h_1 = gl.where(nothing, h_0, h_1)
+    n_1 = gl.where(nothing, n_0, n_1)
+    c_1 = gl.where(nothing, c_0 + 1, c_1)
+    for i_l in range(h_1 - h_0 + 1):
+        h = h_0 + i_l if BACK else h_1 - i_l
+        i_b = h // H
+        i_h = h % H
+        # sequences of its row
+        first = gl.where(h == h_0, n_0, 0)
+        last = gl.where(h == h_1, n_1 + gl.where(c_1 > 0, 1, 0), N if PACKED else 1)
+        if sums is not None:
+            p_sums = sums + (i_h * (1 if PACKED else N) + i_b).to(gl.int64) * T
+        for i_s in range(last - first):
+            i_n = first + i_s if BACK else last - 1 - i_s
+            s_from = gl.where((h == h_0) & (i_n == n_0), c_0, 0)
+            is_last = (h == h_1) & (i_n == n_1)
+            i_n = i_n if PACKED else i_b
+            bos, length, chunks = visit(cu_seqlens, i_n, N, T)
+            s_to = gl.where(is_last, c_1, chunks)
+            opens = ((s_to == chunks) if BACK else (s_from == 0)) & (nothing == 0)
+            closes = (s_from == 0) if BACK else (s_to == chunks)
+            for i in range(s_to - s_from):
+                c = s_to - 1 - i if BACK else s_from + i
+                token = bos + c * C
+                there = gl.where(nothing, 0, gl.minimum(length - c * C, C))
+                follows = (i_l < h_1 - h_0) | (i_s + 1 < last - first) | (i + 1 < s_to - s_from)
+                marks = gl.where(follows, MORE, 0) + gl.where(i + 1 == s_to - s_from, LAST, 0)
+                marks += gl.where(opens, OPENS, 0)
+                marks += gl.where(nothing, 0, gl.where(closes, CLOSES, GOES_ON))
+                b_p = gl.where(o_p == TOKEN, token, there)
+                b_p = gl.where(o_p == MARKS, marks, gl.where(o_p == WHOSE, i_n * H + i_h, b_p))
+                wide = [i_b, token, i_h, 0]
+                block = [i_b, token, i_h, i_z * COLUMNS]
+                stage = n % STAGES
+                arrived = x_ring.ready.index(stage)
+                if PACKED:
+                    arrived = x_ring.ready.index(gl.where(there < C, STAGES + cuts % CUT, stage))
+                wait_before(x_ring.empty, n)
+                mbarrier.expect(arrived, BYTES)
+                tma.async_copy_global_to_shared(x_desc, wide, arrived, x_ring.tiles.index(stage))
+                tma.async_copy_global_to_shared(y_desc, wide, arrived, y_ring.tiles.index(stage))
+                tma.async_copy_global_to_shared(z_desc, block, arrived, z_ring.tiles.index(stage))
+                if b_desc is not None:
+                    tma.async_copy_global_to_shared(
+                        b_desc, block, arrived, b_ring.tiles.index(stage)
+                    )
+                if sums is not None:
+                    async_copy.async_copy_global_to_shared(
+                        s_tiles.index(stage), p_sums + token + o_c, mask=o_c < there
+                    )
+                    async_copy.mbarrier_arrive(arrived)
+                if PACKED:
+                    if before < C:
+                        complete(x_ring, y_ring, z_ring, n - 1, cuts - 1, before)
+                    before = there
+                    cuts += (there < C).to(gl.int32)
+                if flags is not None:
+                    if (i == 0) & ((opens | nothing) == 0):  # its state is of the share before
+                        p_flag = flags + (gl.program_id(0) - NZ)
+                        # there is no load that acquires
+                        while gl.atomic_xchg(p_flag, 0, sem="acquire", scope="gpu") == 0:
+                            pass
+                tell(places, n, b_p)
+                mbarrier.arrive(arrived, count=1)
+                n += 1
     if PACKED:
         if before < C:
             complete(x_ring, y_ring, z_ring, n - 1, cuts - 1, before)
 
 
 @gluon.jit
-def put_rows(rows, parts, places, n, scale):
+def produce_own(
+    x_desc, y_desc, z_desc, b_desc, sums, flags, x_ring, y_ring, z_ring, b_ring, s_tiles,
+    places, cu_seqlens, i_z, unit, units, N, T, begin, stop, H: gl.constexpr, NZ: gl.constexpr,
+    BACK: gl.constexpr, SEGMENTED: gl.constexpr,
+):  # fmt: skip
+    """``produce`` for a program's segment, its share, or its head."""
+    own = unit, 0, 0, unit, 1 if cu_seqlens is None else N, 0
+    if SEGMENTED:
+        own = interval_of(cu_seqlens, unit % H, begin, stop, N, T)
+    elif flags is not None:
+        # programs begin in their order, and wait for states of those before alone
+        i = units - 1 - unit if BACK else unit
+        own = share_of(cu_seqlens, i, units, N, T, H)
+    h_0, n_0, c_0, h_1, n_1, c_1 = own
+    produce(
+        x_desc, y_desc, z_desc, b_desc, sums, flags, x_ring, y_ring, z_ring, b_ring,
+        s_tiles, places, cu_seqlens, h_0, n_0, c_0, h_1, n_1, c_1, i_z, N, T, H, NZ, BACK,
+    )  # fmt: skip
+
+
+@gluon.jit
+def row_and_head(places, n, H: gl.constexpr, PACKED: gl.constexpr):
+    """Those of the n-th chunk."""
+    whose = told(places, n, WHOSE)
+    return whose * 0 if PACKED else whose // H, whose % H
+
+
+@gluon.jit
+def put_rows(rows, parts, places, n, scale, B, T, H: gl.constexpr, PACKED: gl.constexpr):
     """Store the rows of the last chunk that ``carry_on`` is through with when ``weigh`` is at n."""
     b_r = gl.sum(parts, 0) * scale
-    token = told(places, n - AHEAD, TOKEN)
+    i_b, i_h = row_and_head(places, n - AHEAD, H, PACKED)
+    token = (i_h * B + i_b).to(gl.int64) * T + told(places, n - AHEAD, TOKEN)
     there = gl.where(n < AHEAD, 0, told(places, n - AHEAD, THERE))
     o_r = gl.arange(0, C, b_r.type.layout)
     gl.store(rows + token + o_r, b_r, mask=o_r < there)
@@ -203,8 +307,8 @@ def put_rows(rows, parts, places, n, scale):
 @gluon.jit
 def weigh(
     rows, x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, d_tiles, r_tiles, s_tiles, places,
-    gamma, scale, more, REVERSE: gl.constexpr, GRADIENT: gl.constexpr, GATED: gl.constexpr,
-    SUMMED: gl.constexpr,
+    g_gamma, gamma, scale, B, T, H: gl.constexpr, REVERSE: gl.constexpr, GRADIENT: gl.constexpr,
+    GATED: gl.constexpr, SUMMED: gl.constexpr, SHARED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """A chunk's pairs a = w (x·y); u, its z as they are added to the state; weights of x; rows.
 
@@ -221,9 +325,13 @@ def weigh(
     m_own = m & seen(not BACK, PAIRS)
     b_most = gl.where(m, LARGEST_EXPONENT, float("-inf"))  # as in ``power``
     n = 0
+    more = n >= 0  # there is a chunk
     while more:
         x_ring.wait(n)
         there = told(places, n, THERE)
+        if SHARED and g_gamma is not None:
+            _, i_h = row_and_head(places, n, H, PACKED)
+            gamma = gl.load(g_gamma + i_h).to(gl.float32) * LOG2E
         b_0 = gl.zeros([C, C], gl.float32, PAIRS)
         b_a = warpgroup_mma(
             x_ring.tile(n), y_ring.tile(n).permute((1, 0)), b_0, use_acc=False, is_async=True
@@ -263,20 +371,20 @@ def weigh(
         arrive(a_ring.ready, n)
         arrive(x_ring.empty, n)
         if rows is not None:
-            put_rows(rows, b_r, places, n, scale)
+            put_rows(rows, b_r, places, n, scale, B, T, H, PACKED)
         n += 1
     if rows is not None:
         for _ in gl.static_range(AHEAD):
             wait_before(a_ring.empty, n)
-            put_rows(rows, r_tiles.index(n % AHEAD).load(PARTED), places, n, scale)
+            put_rows(rows, r_tiles.index(n % AHEAD).load(PARTED), places, n, scale, B, T, H, PACKED)
             n += 1
 
 
 @gluon.jit
 def carry_on(
     o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles, d_tiles, o_tiles,
-    r_tiles, s_tiles, places, gamma, start, carry, end, cu_seqlens, scale, i_b, i_h, i_z, more,
-    behind, N, T, begin, stop, H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr,
+    r_tiles, s_tiles, places, g_gamma, gamma, start, carry, handed, flags, end, cu_seqlens, scale,
+    i_z, unit, units, N, T, begin, stop, H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr,
     REVERSE: gl.constexpr, GRADIENT: gl.constexpr, TURNED: gl.constexpr, V_FIRST: gl.constexpr,
     GATED: gl.constexpr, SUMMED: gl.constexpr,
 ):  # fmt: skip
@@ -290,23 +398,29 @@ def carry_on(
     has each row here, and what is rounded alike leaves nothing between them.  Where decays are
     ``steep``, rows are without tokens' pairs with themselves.
     """
+    NZ: gl.constexpr = Z // BZ
     SPLIT: gl.constexpr = rows is not None  # what bf16 leaves of the state is another operand
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128 if X > 128 else X, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, _ACC, 2)
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     o_x = gl.arange(0, X, gl.SliceLayout(0, STATE))[None, :]
-    o_z = i_z * BZ + gl.arange(0, BZ, gl.SliceLayout(1, STATE))[:, None]
+    o_s = gl.arange(0, BZ, gl.SliceLayout(1, STATE))[:, None]
+    o_z = i_z * BZ + o_s
     p_kv = o_z * X + o_x if TURNED else o_x * Z + o_z  # [BZ, X]
     p_state = o_z * X + o_x if TURNED != V_FIRST else o_x * Z + o_z
     o_c = gl.arange(0, C, gl.SliceLayout(1, FLAT))
     o_o = gl.arange(0, BZ, gl.SliceLayout(0, FLAT))
-    p_o = i_h * Z + i_z * BZ + o_c[:, None] * (H * Z) + o_o[None, :]  # [C, BZ]
+    p_o = i_z * BZ + o_c[:, None] * (H * Z) + o_o[None, :]  # [C, BZ]
     s_held = scale if GRADIENT else 1.0
     n = 0
+    more = n >= 0  # there is a chunk
     while more:
         x_ring.wait(n)
         marks = told(places, n, MARKS)
-        place = (told(places, n, SEQUENCE) * H + i_h).to(gl.int64) * (X * Z)
+        place = told(places, n, WHOSE).to(gl.int64) * (X * Z)
+        i_b, i_h = row_and_head(places, n, H, cu_seqlens is not None)
+        if handed is not None and g_gamma is not None:
+            gamma = gl.load(g_gamma + i_h).to(gl.float32) * LOG2E
         opens = (marks & OPENS) != 0
         b_s = gl.zeros([BZ, X], gl.float32, STATE)
         if start is not None:
@@ -314,6 +428,9 @@ def carry_on(
             b_s += b_start.to(gl.float32) / s_held
         if carry is not None:
             b_s += gl.load(carry + p_kv, mask=(opens == 0) & (o_x < X), other=0.0)
+        if handed is not None:
+            before = handed + gl.maximum(gl.program_id(0) - NZ, 0) * (BZ * X)
+            b_s += gl.load(before + o_s * X + o_x, mask=(opens == 0) & (o_x < X), other=0.0)
         within = n >= 0  # a sequence has a chunk
         while within:
             x_ring.wait(n)
@@ -373,58 +490,58 @@ def carry_on(
                 tile = o_tiles.index(n % 2)
                 tma.async_copy_shared_to_global(o_desc, [i_b, token, i_h, i_z * BZ], tile)
             else:
-                p = out + token.to(gl.int64) * (H * Z) + p_o
+                p = out + (i_b.to(gl.int64) * T + token) * (H * Z) + i_h * Z + p_o
                 gl.store(p, o_tile.load(FLAT), mask=(o_c < there)[:, None])
             within = (marks & LAST) == 0
             n += 1
         if end is not None:
             b_e = (b_s * s_held).to(end.dtype.element_ty)
             gl.store(end + place + p_state, b_e, mask=((marks & CLOSES) != 0) & (o_x < X))
+        if handed is not None:
+            if (marks & GOES_ON) != 0:
+                p = handed + gl.program_id(0) * (BZ * X) + o_s * X + o_x
+                gl.store(p, b_s, mask=o_x < X)
+                gl.thread_barrier()
+                gl.atomic_xchg(flags + gl.program_id(0), 1, sem="release", scope="gpu")
         more = (marks & MORE) != 0
-    if behind:
-        forget(out, p_o, o_c, H * Z, cu_seqlens, N, T, begin, stop)
+    if cu_seqlens is not None:
+        for i_h in range(unit if carry is None else unit % H, H, units if carry is None else H):
+            forget(out + i_h * Z, p_o, o_c, H * Z, cu_seqlens, N, T, begin, stop)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["scale", "N", "T", "segment", "segments"])
+@gluon.jit(do_not_specialize=["scale", "N", "T", "segment"])
 def hopper_walk_kernel(
-    out, rows, sums, g_gamma, start, carry, end, cu_seqlens, x_desc, y_desc, z_desc, b_desc,
-    o_desc, scale, N, T, segment, segments,
+    out, rows, sums, g_gamma, start, carry, handed, flags, end, cu_seqlens, x_desc, y_desc, z_desc,
+    b_desc, o_desc, scale, N, T, segment,
     H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr,
     GRADIENT: gl.constexpr, TURNED: gl.constexpr, V_FIRST: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What ``walk_kernel`` does, with a block [X, BZ] of the state, without a normaliser.
 
-    A program owns the chunks that begin in one of the ``segments`` of a row of T tokens, be they
-    those of one sequence or of several; where there are several segments it finds the state that
-    enters in ``carry`` [segments, H, K V + K].
+    A program owns a head; with ``carry`` [segments, H, K V + K], the states that enter, the chunks
+    of a head that begin in a ``segment`` of a row of T tokens; and a share of all chunks with
+    ``handed`` [programs, BZ, X], for states that are handed on, and ``flags`` [programs], zeros.
     """
     NZ: gl.constexpr = Z // BZ
+    BACK: gl.constexpr = REVERSE != GRADIENT
     SUMMED: gl.constexpr = sums is not None
     GATED: gl.constexpr = SUMMED or (g_gamma is not None)
     i_z = gl.program_id(0) % NZ
-    i_h = gl.program_id(0) // NZ % H
-    unit = gl.program_id(0) // (NZ * H)
-    i_b = unit // segments
-    begin = unit % segments * segment
-    stop = begin + segment
-    stop = gl.where(stop < T, stop, T + 1)  # empty sequences at the very end too
-    first, last = sequences_in(cu_seqlens, i_b, N, T, begin, stop)
-    behind = last > N
-    last = gl.minimum(last, N)
-    more = first < last
-    gamma = 0.0
-    if g_gamma is not None:
-        gamma = gl.load(g_gamma + i_h).to(gl.float32) * LOG2E
-    rows_of_tokens = gl.num_programs(0) // (NZ * H * segments)
-    line = i_h * rows_of_tokens + i_b
-    if SUMMED:
-        sums += line.to(gl.int64) * T
-    out += i_b.to(gl.int64) * T * (H * Z)
-    if rows is not None:
-        rows += (i_z * H * rows_of_tokens + line).to(gl.int64) * T
+    unit = gl.program_id(0) // NZ
+    units = gl.num_programs(0) // NZ
+    begin = 0
+    stop = T + 1  # empty sequences at the very end too
     if carry is not None:
-        carry += (unit * H + i_h).to(gl.int64) * (X * Z + (Z if TURNED else X))
+        begin = unit // H * segment
+        stop = gl.where(begin + segment < T, begin + segment, stop)
+        carry += unit.to(gl.int64) * (X * Z + (Z if TURNED else X))
+    B = N if cu_seqlens is None else 1
+    gamma = 0.0
+    if handed is None and g_gamma is not None:  # of its only head
+        gamma = gl.load(g_gamma + unit % H).to(gl.float32) * LOG2E
+    if rows is not None:
+        rows += (i_z * H * B).to(gl.int64) * T
 
     x_ring, y_ring, z_ring = new_rings(x_desc, y_desc, z_desc, STAGES, cu_seqlens is not None)
     a_ring = new_ring(o_desc, AHEAD, 1)
@@ -454,8 +571,8 @@ def hopper_walk_kernel(
                 carry_on,
                 (
                     o_desc, out, rows, x_ring, y_ring, z_ring, b_ring, a_ring, u_tiles, q_tiles,
-                    d_tiles, o_tiles, r_tiles, s_tiles, places, gamma, start, carry, end,
-                    cu_seqlens, scale, i_b, i_h, i_z, more, behind, N, T, begin, stop,
+                    d_tiles, o_tiles, r_tiles, s_tiles, places, g_gamma, gamma, start, carry,
+                    handed, flags, end, cu_seqlens, scale, i_z, unit, units, N, T, begin, stop,
                     H, X, Z, REVERSE, GRADIENT, TURNED, V_FIRST, GATED, SUMMED,
                 ),
             ),
@@ -463,21 +580,31 @@ def hopper_walk_kernel(
                 weigh,
                 (
                     rows, x_ring, y_ring, z_ring, a_ring, u_tiles, q_tiles, d_tiles, r_tiles,
-                    s_tiles, places, gamma, scale, more, REVERSE, GRADIENT, GATED, SUMMED,
+                    s_tiles, places, g_gamma, gamma, scale, B, T, H, REVERSE, GRADIENT, GATED,
+                    SUMMED, handed is not None, cu_seqlens is not None,
                 ),
             ),
             (
-                produce,
+                produce_own,
                 (
-                    x_desc, y_desc, z_desc, b_desc, sums, x_ring, y_ring, z_ring, b_ring, s_tiles,
-                    places, cu_seqlens, i_b, i_h, i_z, first, last, N, T, begin, stop,
-                    REVERSE != GRADIENT,
+                    x_desc, y_desc, z_desc, b_desc, sums, flags, x_ring, y_ring, z_ring, b_ring,
+                    s_tiles, places, cu_seqlens, i_z, unit, units, N, T, begin, stop,
+                    H, NZ, BACK, carry is not None,
                 ),
             ),
         ],
         [4, 1],
         [WEIGH_REGISTERS, COPY_REGISTERS],
     )  # fmt: skip
+
+
+def pays(shares: int, heads: int, packed: bool) -> bool:
+    """Whether ``shares`` of all chunks are walked sooner than heads, as many at once.
+
+    Heads of one sequence each are not, where all run at once.
+    """
+    rounds = cdiv(heads, shares)
+    return rounds * shares > _EVEN * heads and (packed or rounds > 1)
 
 
 def run_walk(
@@ -489,17 +616,23 @@ def run_walk(
     Z, block = z.shape[-1], BZ.value
     out = torch.empty_like(z)
     sums, _, g_gamma = decays
-    rows = None
+    rows = handed = flags = None
     if beside is not None:
         rows = z.new_empty(Z // block, H, call.tokens, dtype=torch.float32)
+    # programs of each block of Z: of segments, of heads, or of shares
+    units = cdiv(T, segment) * H if segment else B * H
+    shares = max(multiprocessors(z.device) // (Z // block), 1)
+    if not segment and X <= _WIDEST and pays(shares, units, cu_seqlens is not None):
+        units = shares
+        handed = z.new_empty(units * (Z // block), block, X, dtype=torch.float32)
+        flags = z.new_zeros(len(handed), dtype=torch.int32)
     tiles = (x, X), (y, X), (z, block), (beside, block), (out, block)
     descriptors = [None if t is None else descriptor(t, C.value, size) for t, size in tiles]
-    segments = cdiv(T, segment) if segment else 1
     launch(
         hopper_walk_kernel,
-        B * segments * H * (Z // block),
-        (out, rows, sums, g_gamma, starts[0], carry, ends[0], cu_seqlens),
-        (*descriptors, scale, call.N, T, segment or T, segments),
+        units * (Z // block),
+        (out, rows, sums, g_gamma, starts[0], carry, handed, flags, ends[0], cu_seqlens),
+        (*descriptors, scale, call.N, T, segment or T),
         {
             "H": H,
             "X": X,

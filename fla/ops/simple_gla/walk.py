@@ -124,7 +124,7 @@ def walk_kernel(
     gamma = 0.0
     if g_gamma is not None:
         gamma = tl.load(g_gamma + i_h).to(tl.float32) * LOG2E
-        b_w = pair_weights(None, None, gamma, 0, C, C, REVERSE, GRADIENT)
+        b_w = pair_weights(None, None, gamma, 0, C, 0, C, REVERSE, GRADIENT)
     if sums is not None:
         sums += i_h.to(tl.int64) * tokens
         if rests is not None:
@@ -204,28 +204,29 @@ def walk_kernel(
             b_a = product(b_x, tl.trans(b_y), None, PRECISION)  # [C of x, C of y]
             if dnorm is not None:
                 b_a += b_d[None, :] if GRADIENT else b_d[:, None]
+            apart = 0
+            if rows is not None:
+                apart = steep(s_all, there).to(tl.int32)
             if not GATED:
-                b_a = tl.where(seen(C, BACK), b_a, 0.0)
+                b_a = tl.where(seen(0, C, BACK), b_a, 0.0)
             else:
                 if sums is not None:
-                    b_w = pair_weights(sums, rests, gamma, token, there, C, REVERSE, GRADIENT)
+                    b_w = pair_weights(
+                        sums, rests, gamma, token, there, apart, C, REVERSE, GRADIENT
+                    )
                 b_a *= b_w
             if norm is not None and GRADIENT:
                 b_a *= b_n[None, :]
-            if rows is not None:
-                apart = steep(s_all, there)
-                m_own = o_c[:, None] == tl.where(apart, o_c, -1)[None, :]
-                b_own = tl.sum(tl.where(m_own, b_a, 0.0), 1)  # [C]
-                b_a = tl.where(m_own, 0.0, b_a)
             b_o = product(operand(b_a, D, PRECISION), b_z, b_o, PRECISION)
             if rows is not None:
                 b_t = tl.sum(b_o * b_beside.to(tl.float32), 1)  # [C]
                 if SPLIT:
                     b_t += b_r
                 tl.store(rows + token + o_c, b_t * scale, mask=m_t)
-                if apart:
-                    # made anew, for to keep it would take the registers of all chunks
-                    b_d = tl.where(m_own, b_own[:, None], 0.0)  # [C, C]
+                if apart != 0:
+                    # made anew, as to keep it would take the registers of all chunks
+                    b_d = product(b_x, tl.trans(b_y), None, PRECISION)
+                    b_d = tl.where(o_c[:, None] == o_c[None, :], b_d, 0.0)  # [C, C]
                     b_o = product(operand(b_d, D, PRECISION), b_z, b_o, PRECISION)
             b_o *= scale
             if norm is not None and not GRADIENT:
