@@ -26,7 +26,7 @@ from fla.testing.compare import measure
 from linear_calls import gates_that_leave_little, growth_of_nothing, hopper_cases
 
 torch.set_num_threads(1)
-stages = "hopper_blocks", "hopper_walk", "hopper_turns", "hopper"
+stages = "hopper_blocks", "hopper_chunks", "hopper_walk", "hopper_turns", "hopper"
 names = "common.kernels", "common.hopper", *(f"simple_gla.{name}" for name in stages)
 with emulated(*(f"fla.ops.{name}" for name in names), for_triton=True) as modules:
     *_, hopper_walk, hopper_turns, stages = modules

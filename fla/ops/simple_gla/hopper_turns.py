@@ -33,15 +33,9 @@ from fla.ops.common.hopper import (
 from fla.ops.common.kernels import LOG2E, multiprocessors, power
 from fla.ops.common.launch import launch
 from fla.ops.simple_gla.blocks import Call
-from fla.ops.simple_gla.hopper_blocks import (
+from fla.ops.simple_gla.hopper_blocks import C, seen, sum_of, sums_at
+from fla.ops.simple_gla.hopper_chunks import (
     BY_FOUR,
-    C,
-    chunks_of,
-    seen,
-    sum_of,
-    sums_at,
-)
-from fla.ops.simple_gla.hopper_walk import (
     CLOSES,
     LAST,
     MARKS,
@@ -50,6 +44,7 @@ from fla.ops.simple_gla.hopper_walk import (
     THERE,
     TOKEN,
     WHOSE,
+    chunks_of,
     forget,
     new_rings,
     produce,
