@@ -42,7 +42,7 @@ SOFTMAX_BLOCKS = "fla/ops/attn/eager_blocks.py"
 DELTA = "fla/ops/kda/eager.py"
 DELTA_PAIRS = "fla/ops/kda/eager_pairs.py"
 KDA_TESTS = ("test_kda.py", "test_operators.py")
-ATTN_TESTS = ("test_attn.py", "test_operators.py")
+ATTN_TESTS = ("test_attn.py", "test_attn_gates.py", "test_operators.py")
 MODULE_TESTS = ("test_modules.py",)
 LAYER_TESTS = ("test_layer_calls.py",)
 

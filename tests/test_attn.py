@@ -1,12 +1,12 @@
-"""What is particular to the softmax engine: any gate, windows, sinks, decoding."""
+"""What is particular to the softmax engine: windows, sinks, packing, decoding."""
 
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
+from softmax_operands import agree, call_a_device, decoding, operands, results, textbook, widened
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fla.ops.attn import (
     attn_decoding_one_step,
     eager,
-    eager_blocks,
     naive_parallel_attn,
     parallel_attn,
 )
@@ -24,209 +23,12 @@ from fla.ops.forgetting_attn import naive_forgetting_attn, parallel_forgetting_a
 from fla.testing.compare import relative_error
 
 
-def operands(T, B=1, H=2, G=2, K=16, V=24, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(T)
-    sizes = {"q": (H * G, K), "k": (H, K), "v": (H, V)}
-    made = {
-        name: torch.randn(B, T, *size, generator=generator, dtype=torch.float64).to(dtype)
-        for name, size in sizes.items()
-    }
-    gates = torch.randn(B, T, H * G, generator=generator, dtype=torch.float64)
-    sink = torch.randn(H * G, generator=generator, dtype=torch.float64)
-    return made, gates, sink
-
-
-def results(run, arguments):
-    """The output and the gradient of every floating-point argument under a fixed cotangent."""
-    leaves = {
-        name: value.detach().requires_grad_()
-        for name, value in arguments.items()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    }
-    o = run(**{**arguments, **leaves})
-    cotangent = torch.randn(o.shape, generator=torch.Generator().manual_seed(0)).to(o)
-    found = torch.autograd.grad(o, list(leaves.values()), cotangent)
-    return {"o": o.detach()} | {f"d{n}": g for n, g in zip(leaves, found, strict=True)}
-
-
-def textbook(q, k, v, g=None, scale=None, window_size=None, sink_bias=None):
-    return naive_parallel_attn(q, k, v, scale, window_size, g=g, sink_bias=sink_bias)[0]
-
-
-def widened(arguments):
-    return {
-        name: value.double() if isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }
-
-
-def agree(arguments, bound, run=parallel_attn, reference=textbook):
-    found, expected = results(run, arguments), results(reference, widened(arguments))
-    errors = {name: relative_error(found[name], expected[name]) for name in expected}
-    assert max(errors.values()) <= bound, errors
-
-
-def call_a_device(monkeypatch):
-    """Have no value asked for."""
-    for module in (eager, eager_blocks):
-        monkeypatch.setattr(module, "on_host", lambda x: False)
-
-
 @pytest.fixture(params=["host", "device"])
 def place(request, monkeypatch):
     """On a device no value may be asked for; the code for that runs on the CPU as well."""
     if request.param == "device":
         call_a_device(monkeypatch)
     return request.param
-
-
-# Gates
-
-
-STEEP = [-1e4, -1e7, -torch.inf, torch.finfo(torch.float32).min]
-
-
-@pytest.mark.parametrize("steepest", STEEP)
-def test_steep_gates_beside_gentle_ones(steepest, place):
-    tensors, draws, _ = operands(300, dtype=torch.float32)
-    g = torch.where(draws > 1.5, steepest, -0.01 * draws.abs()).float()
-    agree({**tensors, "g": g}, 1e-5)
-    # in fp64 what a block adds up still costs some digits
-    bound = 1e-11 if steepest == -1e4 else 1e-8
-    agree(widened({**tensors, "g": g}), bound)
-
-
-def test_a_gate_of_minus_infinity_begins_a_sequence(place):
-    bounds = torch.tensor([0, 3, 130, 131, 260, 400])
-    tensors, draws, _ = operands(400)
-    gentle = logsigmoid(draws + 3)
-    cut = gentle.clone()
-    cut[:, bounds[1:-1]] = -torch.inf
-    packed = results(parallel_attn, {**tensors, "g": gentle, "cu_seqlens": bounds})
-    gated = results(parallel_attn, {**tensors, "g": cut})
-    for name in packed:
-        torch.testing.assert_close(gated[name], packed[name], rtol=1e-9, atol=1e-9)
-
-
-def test_a_burst_of_growth_brings_old_keys_back(place):
-    """A gate may be positive: what lies far behind may weigh most."""
-    tensors, draws, sink = operands(1500, H=1, G=1, dtype=torch.float32)
-    g = -0.05 - 0.01 * draws.abs().float()
-    g[:, 700] = 55.0
-    agree({**tensors, "g": g, "sink_bias": sink}, 1e-5)
-
-
-def test_growth_inside_a_block_that_nothing_before_reaches(place):
-    tensors, _, _ = operands(1000, H=1, G=1)
-    g = torch.full((1, 1000, 1), -0.5, dtype=torch.float64)
-    g[:, 256] = -1e4
-    g[:, 300] = 330.0
-    agree({**tensors, "g": g}, 1e-11)
-
-
-def test_growth_throughout(place):
-    tensors, draws, _ = operands(500, dtype=torch.float32)
-    agree({**tensors, "g": (0.1 * draws + 0.05).float()}, 1e-5)
-
-
-def gates_of_32768():
-    T = 32768
-    draws = torch.randn(1, T, 1, generator=torch.Generator().manual_seed(1))
-    return {
-        "logsigmoid": logsigmoid(draws + 4),
-        "constant": torch.full((1, T, 1), -0.05),
-        "steep ones": torch.where(draws > 2, -1e4, -0.05),
-        "both signs": 0.3 * draws - 0.05,
-    }
-
-
-@pytest.mark.parametrize("gate", gates_of_32768())
-def test_near_weights_at_32768_tokens(gate):
-    """In fp32 right to 1e-6: no sum of gates is the difference of two long ones."""
-    g = gates_of_32768()[gate]
-    T, near = g.shape[1], 64
-    generator = torch.Generator().manual_seed(2)
-    q, k = (torch.randn(1, T, 1, 16, generator=generator) / 2 for _ in "qk")
-    v = torch.zeros(1, T, 1, near)
-    v[0, -near:, 0] = torch.eye(near)  # the last row's output is its weights
-    v.requires_grad_()
-    o = parallel_attn(q, k, v, g)
-    (dv,) = torch.autograd.grad(o[0, -1, 0, 0], v)  # and this one's gradient too
-
-    later = g[0, 1:, 0].double().flip(0).cumsum(0).flip(0)  # from near to far
-    s = k[0, :, 0].double() @ q[0, -1, 0].double() / 4 + torch.cat([later, later.new_zeros(1)])
-    expected = s.softmax(0)[-near:]
-    seen = expected > 1e-30
-    assert seen.sum() >= 16
-    for found in (o[0, -1, 0], dv[0, -near:, 0, 0]):
-        assert ((found - expected) / expected)[seen].abs().max() < 1e-6
-
-
-def pairs_met(arguments, options):
-    walk = eager_blocks.Walk(
-        arguments["q"], arguments["k"], arguments["v"], arguments["g"], None, options
-    )
-    own = (walk.q * walk.k[:, None]).sum(-1)
-    return sum(math.prod(block.sizes) for block in walk.blocks(own))
-
-
-def test_forgotten_blocks_are_not_met():
-    T = 4096
-    tensors, draws, _ = operands(T, H=1, G=1, dtype=torch.float32)
-    options = Options(tensors["q"].shape[-1] ** -0.5)
-    remembers = pairs_met({**tensors, "g": 0 * draws}, options)
-    forgets = pairs_met({**tensors, "g": draws * 0 - 0.2}, options)
-    assert remembers > T * T / 2
-    assert forgets < T * T / 8
-
-
-@pytest.mark.parametrize("limit", ["_LARGEST_RUN", "_RUN"])
-def test_blocks_are_as_small_as_they_have_to_be(limit, monkeypatch):
-    """Of fewer rows for the sake of memory, or of fewer heads for that of the cache."""
-    tensors, draws, _ = operands(300, dtype=torch.float32)
-    arguments = {**tensors, "g": logsigmoid(draws).float()}
-    met = []
-
-    def blocks(walk, *floor, blocks=eager_blocks.Walk.blocks):
-        for block in blocks(walk, *floor):
-            met.append(math.prod(block.sizes))
-            yield block
-
-    monkeypatch.setattr(eager_blocks.Walk, "blocks", blocks)
-    agree(arguments, 1e-5)
-    before = max(met)
-    monkeypatch.setattr(eager_blocks, limit, 1 << 15)
-    met.clear()
-    agree(arguments, 1e-5)
-    assert max(met) <= before / 2
-
-
-def test_skipping_changes_nothing(monkeypatch):
-    """Blocks that are left out do not show in the result."""
-    tensors, draws, sink = operands(2000, H=1, dtype=torch.float32)
-    arguments = {**tensors, "g": logsigmoid(draws + 2).float(), "sink_bias": sink.float()}
-    skipped = results(parallel_attn, arguments)
-    call_a_device(monkeypatch)
-    whole = results(parallel_attn, arguments)
-    for name in whole:
-        assert relative_error(skipped[name], whole[name]) < 1e-6, name
-
-
-@pytest.mark.parametrize("decay", [-0.02, -0.05, -0.1, -0.3])
-def test_skipping_loses_less_than_rounding(decay, monkeypatch):
-    """Where the bounds are as tight as they can be, and the values left out very large."""
-    T, large = 2048, 1e8
-    q = k = torch.ones(1, T, 1, 1, dtype=torch.float64)
-    v = torch.ones(1, T, 1, 1, dtype=torch.float64)
-    v[:, : T // 2] = large
-    arguments = {"q": q, "k": k, "v": v, "g": torch.full((1, T, 1), decay).double()}
-    skipped = results(parallel_attn, arguments)
-    call_a_device(monkeypatch)
-    whole = results(parallel_attn, arguments)
-    for name in ("o", "dv"):
-        scale = large if name == "o" else 1.0
-        lost = (skipped[name] - whole[name]).abs().max()
-        assert lost < 4 * torch.finfo(torch.float64).eps * scale, name
 
 
 # Windows, sinks, packing
@@ -470,14 +272,6 @@ def test_the_textbooks_gradients_of_rows_without_keys():
 # Decoding
 
 
-def decoding(bounds, dtype=torch.float64, **sizes):
-    tensors, draws, sink = operands(bounds[-1], dtype=dtype, **sizes)
-    HQ, K = tensors["q"].shape[2:]
-    generator = torch.Generator().manual_seed(3)
-    q = torch.randn(1, len(bounds) - 1, HQ, K, generator=generator, dtype=torch.float64).to(dtype)
-    return {**tensors, "q": q, "cu_seqlens": torch.tensor(bounds)}, draws, sink
-
-
 RAGGED = {
     "empty ones": [0, 0, 5, 5, 69, 133, 134, 400, 400],
     "one long": [0, 1000],
@@ -543,17 +337,3 @@ def test_decoding_reads_its_window_only(place):
     g[:, :70] = g[:, 100:270] = torch.nan
     found = attn_decoding_one_step(**arguments, g=g, window_size=30)
     assert torch.equal(found, expected)
-
-
-def test_decoding_near_weights_at_32768_tokens():
-    g = gates_of_32768()["steep ones"]
-    near, T = 64, g.shape[1]
-    generator = torch.Generator().manual_seed(2)
-    q = torch.randn(1, 1, 1, 16, generator=generator) / 2
-    k = torch.randn(1, T, 1, 16, generator=generator) / 2
-    v = torch.zeros(1, T, 1, near)
-    v[0, -near:, 0] = torch.eye(near)
-    found = attn_decoding_one_step(q, k, v, g)[0, 0, 0]
-    expected = naive_attn_decoding(q.double(), k.double(), v.double(), g.double())[0, 0, 0]
-    seen = expected > 1e-30
-    assert ((found - expected) / expected)[seen].abs().max() < 1e-6
