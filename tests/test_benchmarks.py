@@ -11,6 +11,7 @@ from itertools import accumulate
 import pytest
 import torch
 import triton.testing
+from triton.backends.nvidia.driver import CudaDriver
 
 from benchmarks import counters, cpu, gpu, kda_gpu, linear_gpu, softmax_gpu, suite
 from benchmarks.cpu import Case, Row
@@ -241,6 +242,19 @@ def test_processes_share_the_launches_of_a_search(tmp_path):
 
 def _nothing(n):
     pass
+
+
+def test_searches_are_brief_and_measurements_are_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr("triton.testing.do_bench", lambda run, **more: asked.append(more) or 1.0)
+    with gpu._searching_briefly():
+        of_search = CudaDriver.get_benchmarker(None)
+        of_search(lambda: None, quantiles=(0.5,))
+        suite.milliseconds(lambda: None)
+    assert asked == [
+        {"warmup": 5, "rep": 20, "quantiles": (0.5,)},
+        *[{"warmup": 100, "rep": 100, "return_mode": "median"}] * 3,
+    ]
 
 
 @pytest.mark.parametrize(
