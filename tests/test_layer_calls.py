@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
 from layer_cases import BOUNDS, LAYERS, D, draw, every, layer, trained
+from torch.utils.checkpoint import checkpoint
 
-from fla.layers import Attention, Cache, KimiDeltaAttention, LightningAttention, LinearAttention
+from fla.layers import (
+    Attention,
+    Cache,
+    KimiDeltaAttention,
+    LightningAttention,
+    LinearAttention,
+    SimpleGatedLinearAttention,
+)
+from fla.modules import RotaryEmbedding, ShortConvolution
 from fla.testing.compare import relative_error
 
 T = 80  # tokens of a row
@@ -130,6 +140,42 @@ def test_gradients_through_a_cache(name):
     found, expected = trained(split, made, x), trained(lambda x: made(x)[0], made, x)
     for key, value in expected.items():
         assert relative_error(found[key], value) < BOUNDS[torch.float64], key
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@every
+@torch.no_grad()
+def test_a_cache_in_another_dtype(name, dtype):
+    """Stored in fewer digits, or in more, it goes on whatever form is taken."""
+    made, x = layer(name, torch.float32, layer_idx=0), draw(2, T, D).float()
+    expected = made(x)[0][:, 9:]
+    kept = made(x[:, :9], use_cache=True)[2].state_dict()["layers"][0]
+    for last in (10, T):
+        cache = Cache()
+        cache.load_state_dict({"layers": {0: in_dtype(kept, dtype)}})
+        found = made(x[:, 9:last], past_key_values=cache)[0]
+        assert relative_error(found, expected[:, : last - 9]) < 2e-2
+
+
+def in_dtype(state, dtype):
+    if isinstance(state, dict):
+        return {kind: in_dtype(each, dtype) for kind, each in state.items()}
+    if isinstance(state, tuple):
+        return tuple(in_dtype(each, dtype) for each in state)
+    return state.to(dtype) if isinstance(state, torch.Tensor) else state
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@every
+def test_a_cache_is_not_gone_on_from_twice(name, reentrant):
+    """To compute tokens again where a backward pass wants them would begin at their own end."""
+    made, x = layer(name, layer_idx=0), draw(2, 9, D)
+    cache = made(x[:, :4], use_cache=True)[2]
+    more = {"past_key_values": cache}
+    o = checkpoint(lambda y: made(y, **more)[0], x[:, 4:].requires_grad_(), use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="past_key_values: expected None where a backward pass"):
+        o.sum().backward()
+    assert cache.get_seq_length() == 9
 
 
 @pytest.mark.parametrize("name", ["attn", "attn, window", "fox"])
@@ -273,6 +319,14 @@ def refusals():
             lambda: Attention(hidden_size=1024, num_heads=2),
         ),
         (
+            "hidden_size / num_heads: expected an even number of channels with rope_theta, got 3",
+            lambda: Attention(hidden_size=24, num_heads=8),
+        ),
+        (
+            "state_dict: expected what Cache.state_dict returned, got something else",
+            lambda: Cache().load_state_dict({"layers": [1]}),
+        ),
+        (
             "keys: expected a head of 1 to 256 channels, got 257",
             lambda: KimiDeltaAttention(hidden_size=24, num_heads=2, head_dim=257),
         ),
@@ -315,6 +369,29 @@ def test_refusals_of_types():
         made([[1]])
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         KimiDeltaAttention(head_size=3)
+
+
+@pytest.mark.parametrize(
+    "name, make, value",
+    [
+        ("num_heads", Attention, 2.0),
+        ("num_kv_heads", SimpleGatedLinearAttention, 2.0),
+        ("hidden_size", LinearAttention, "24"),
+        ("window_size", Attention, 4.0),
+        ("head_dim", KimiDeltaAttention, 8.0),
+        ("kernel_size", functools.partial(ShortConvolution, 8), 4.0),
+        ("dim", RotaryEmbedding, 4.0),
+    ],
+)
+def test_sizes_are_whole_numbers(name, make, value):
+    expected = f"{name}: expected a whole number, got {type(value).__name__}"
+    with pytest.raises(TypeError, match=expected):
+        make(**{name: value})
+
+
+def test_factors_of_sizes_are_numbers():
+    with pytest.raises(TypeError, match="expand_k: expected a number, got NoneType"):
+        LinearAttention(expand_k=None)
 
 
 def test_a_refused_call_leaves_the_cache_alone():

@@ -514,6 +514,8 @@ def test_refusals_of_types():
         l2norm(1.0)
     with pytest.raises(TypeError, match="g: expected a tensor, got NoneType"):
         FusedRMSNormGated(8)(torch.zeros(3, 8), None)
+    with pytest.raises(TypeError, match="x: expected a tensor, got NoneType"):
+        RMSNorm(8)(None, residual_in_fp32=True)
     with pytest.raises(TypeError, match=r"x: expected a floating point tensor, got torch\.int64"):
         l2norm(torch.zeros(3, 4).long())
     with pytest.raises(TypeError, match=r"output_dtype: expected a floating point dtype, got t"):

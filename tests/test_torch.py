@@ -256,15 +256,36 @@ def test_an_output_that_nothing_asks_about(spec, variant):
     assert not any(value.any() for name, value in found.items() if name.startswith("d"))
 
 
-@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 0, 20, 37])], ids=["", "packed"])
-@pytest.mark.parametrize("name", ["chunk_simple_gla", "chunk_kda"])
-def test_an_output_may_be_written_over(name, cu_seqlens):
-    q = torch.randn(1, 37, 2, 8, requires_grad=True)
-    more = {"g": -q.detach().abs(), "beta": torch.rand(1, 37, 2)} if "kda" in name else {}
-    o, _ = getattr(ops, name)(q, q.detach(), q.detach(), cu_seqlens=cu_seqlens, **more)
-    (expected,) = torch.autograd.grad((o * 2).sum(), q, retain_graph=True)
-    (found,) = torch.autograd.grad(o.mul_(2).sum(), q)
+def called(name, q, **more):
+    if "kda" in name:
+        more |= {"g": -q.detach().abs(), "beta": q.detach()[..., 0].sigmoid()}
+    return getattr(ops, name)(q, q.detach(), q.detach(), **more)
+
+
+@pytest.mark.parametrize("T, lengths", [(1, None), (37, None), (37, [0, 0, 20, 37])])
+@pytest.mark.parametrize(
+    "name", ["chunk_simple_gla", "fused_recurrent_simple_gla", "chunk_kda", "fused_recurrent_kda"]
+)
+def test_results_may_be_written_over(name, T, lengths):
+    q = torch.randn(1, T, 2, 8, requires_grad=True)
+    bounds = torch.tensor(lengths) if lengths else None
+    results = called(name, q, output_final_state=True, cu_seqlens=bounds)
+    (expected,) = torch.autograd.grad(sum((x * 2).sum() for x in results), q, retain_graph=True)
+    (found,) = torch.autograd.grad(sum(x.mul_(2).sum() for x in results), q)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["chunk_simple_gla", "chunk_kda", "parallel_attn"])
+def test_several_gradients_at_once(name):
+    def o(q):
+        results = called(name, q)
+        return results[0] if isinstance(results, tuple) else results
+
+    q = torch.randn(1, 5, 2, 4, dtype=torch.float64)
+    found, expected = (
+        torch.autograd.functional.jacobian(o, q, vectorize=at_once) for at_once in (True, False)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_first_calls_in_the_context_of_a_device():

@@ -11,6 +11,7 @@ from fla.layers.tokens import Tokens
 from fla.modules import RMSNorm, RotaryEmbedding
 from fla.ops.attn import parallel_attn
 from fla.ops.attn.decoding import attn_decoding_one_step
+from fla.ops.common import contract
 
 
 class SoftmaxMixer(Mixer):
@@ -30,7 +31,7 @@ class SoftmaxMixer(Mixer):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         multiple("hidden_size", hidden_size, "num_heads", num_heads)
         multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
-        if window_size is not None and window_size < 0:
+        if window_size is not None and contract.whole_number("window_size", window_size) < 0:
             raise ValueError(f"window_size: expected None or at least 0, got {window_size}")
         self.hidden_size, self.layer_idx, self.window_size = hidden_size, layer_idx, window_size
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
@@ -138,6 +139,11 @@ class Attention(SoftmaxMixer):
         super().__init__(
             hidden_size, num_heads, num_kv_heads, qkv_bias, qk_norm, window_size, layer_idx
         )
+        if rope_theta is not None and self.head_dim % 2:
+            raise ValueError(
+                "hidden_size / num_heads: expected an even number of channels with rope_theta, "
+                f"got {self.head_dim}"
+            )
         self.rotary = None if rope_theta is None else RotaryEmbedding(self.head_dim, rope_theta)
 
     def mix(self, x: Tensor, call: Call) -> Tensor:

@@ -146,11 +146,15 @@ class Cache:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the states of ``state_dict`` in place of those here, on their devices."""
-        if not isinstance(state_dict, dict) or set(state_dict) != {"layers"}:
+        layers = state_dict.get("layers") if isinstance(state_dict, dict) else None
+        if (
+            not isinstance(layers, dict)
+            or len(state_dict) != 1
+            or not all(isinstance(state, dict) for state in layers.values())
+        ):
             raise ValueError(
                 "state_dict: expected what Cache.state_dict returned, got something else"
             )
-        layers = state_dict["layers"]
         for layer_idx, state in layers.items():
             unknown = set(state) - {"seen", *KINDS}
             if "seen" not in state or unknown:

@@ -75,7 +75,7 @@ class KimiDeltaAttention(MemoryMixer):
         super().__init__(
             hidden_size,
             heads=(num_heads, num_heads, num_v_heads),
-            head_dims=(head_dim, channels("head_dim * expand_v", head_dim * expand_v)),
+            head_dims=(head_dim, channels("head_dim", head_dim, "expand_v", expand_v)),
             conv_size=conv_size if use_short_conv else None,
             conv_bias=conv_bias,
             layer_idx=layer_idx,
@@ -103,6 +103,9 @@ class KimiDeltaAttention(MemoryMixer):
         (q, k, v), conv_state = self.project(x, call, F.silu)
         form = FORMS["fused_recurrent" if self.recurrent(x) else self.mode]
         more = {"safe_gate": self.safe_gate} if form is chunk_kda else {}
+        state = call.state.get("recurrent_state")
+        if state is not None:  # as a cache of another dtype has it
+            state = state.to(torch.promote_types(q.dtype, torch.float32))
         o, state = form(
             q,
             k,
@@ -111,7 +114,7 @@ class KimiDeltaAttention(MemoryMixer):
             beta=self.b_proj(x),
             A_log=self.A_log,
             dt_bias=self.dt_bias,
-            initial_state=call.state.get("recurrent_state"),
+            initial_state=state,
             output_final_state=call.keeps,
             use_qk_l2norm_in_kernel=True,
             use_gate_in_kernel=True,

@@ -102,9 +102,8 @@ class GroupedMemoryMixer(MemoryMixer):
         multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
         dims = []
         for name, expand in (("expand_k", expand_k), ("expand_v", expand_v)):
-            name = f"hidden_size * {name}"
-            dim = channels(name, hidden_size * expand)
-            multiple(name, dim, "num_heads", num_heads)
+            dim = channels("hidden_size", hidden_size, name, expand)
+            multiple(f"hidden_size * {name}", dim, "num_heads", num_heads)
             dims.append(dim // num_heads)
         super().__init__(
             hidden_size,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fla.layers.cache import Cache, State
 from fla.layers.tokens import Tokens
+from fla.ops.common import contract
 
 # Up to so many tokens outside of training take the recurrent form.
 MOST_RECURRENT = 64
@@ -116,20 +119,28 @@ class Mixer(nn.Module):
             raise TypeError(
                 f"past_key_values: expected a fla.layers.Cache, got {type(past).__name__}"
             )
+        if past is not None and not is_compiling() and torch._C._current_graph_task_id() >= 0:
+            # it would go on from what it is to be computed from
+            raise RuntimeError(
+                "past_key_values: expected None where a backward pass computes tokens again "
+                "(activation checkpointing), got a Cache, which has them already"
+            )
         return Cache() if past is None else past
 
 
 def multiple(name: str, value: int, of: str, divisor: int) -> None:
     """Sizes of heads: ``value`` must be a multiple of ``divisor``."""
+    value, divisor = contract.whole_number(name, value), contract.whole_number(of, divisor)
     if divisor <= 0 or value <= 0 or value % divisor:
         raise ValueError(f"{name}: expected a multiple of {of} = {divisor}, got {value}")
 
 
-def channels(name: str, size: float) -> int:
-    """A size that is stated as a multiple of another, which need not be a whole number."""
-    whole = round(size)
-    if whole < 1 or abs(size - whole) > 1e-6 * whole:
-        raise ValueError(f"{name}: expected a whole number of channels, got {size:g}")
+def channels(of: str, size: int, by: str, factor: float) -> int:
+    """``size * factor`` channels; the factor need not be a whole number."""
+    product = contract.whole_number(of, size) * contract.number(by, factor)
+    whole = round(product)
+    if whole < 1 or abs(product - whole) > 1e-6 * whole:
+        raise ValueError(f"{of} * {by}: expected a whole number of channels, got {product:g}")
     return whole
 
 

@@ -34,7 +34,7 @@ class ShortConvolution(nn.Conv1d):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        if kernel_size < 1:
+        if contract.whole_number("kernel_size", kernel_size) < 1:
             raise ValueError(f"kernel_size: expected at least 1, got {kernel_size}")
         contract.one_of("activation", activation, ("silu", "swish", None))
         contract.one_of("backend", backend, ("triton", "cuda"))

@@ -48,8 +48,12 @@ class RMSNorm(nn.Module):
         return self._norm(x, None, "swish", residual, prenorm, residual_in_fp32)
 
     def _norm(self, x, g, activation, residual, prenorm, residual_in_fp32):
-        if isinstance(x, Tensor) and x.shape[-1:] != (self.hidden_size,):
-            raise ValueError(f"x: expected [..., {self.hidden_size}], got {list(x.shape)}")
+        sum_dtype = None
+        if isinstance(x, Tensor):  # the engine says what else it expected
+            if x.shape[-1:] != (self.hidden_size,):
+                raise ValueError(f"x: expected [..., {self.hidden_size}], got {list(x.shape)}")
+            if residual_in_fp32:
+                sum_dtype = torch.promote_types(x.dtype, torch.float32)
         y, h = norm_engine(
             x,
             weight=self.weight,
@@ -58,7 +62,7 @@ class RMSNorm(nn.Module):
             eps=self.eps,
             mean=True,
             activation=activation,
-            sum_dtype=torch.promote_types(x.dtype, torch.float32) if residual_in_fp32 else None,
+            sum_dtype=sum_dtype,
         )
         return (y, h) if prenorm else y
 

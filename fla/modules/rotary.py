@@ -22,7 +22,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int, base: float = 10000.0, interleaved: bool = False):
         super().__init__()
-        if dim % 2 or dim <= 0:
+        if contract.whole_number("dim", dim) % 2 or dim <= 0:
             raise ValueError(f"dim: expected an even number of channels, got {dim}")
         if contract.number("base", base) <= 0:
             raise ValueError(f"base: expected a number above 0, got {base}")

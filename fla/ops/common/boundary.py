@@ -43,11 +43,15 @@ class Operator:
                 return complete(run, *args)
 
         def whole(*args):
-            """An implementation gives None for a result that was not asked for, PyTorch cannot."""
+            """An implementation gives None for a result that was not asked for, PyTorch cannot.
+
+            Nor may a view be written over where autograd records.
+            """
             results = below_autocast(*args)
             if not isinstance(results, tuple):
                 return results
-            return tuple(absent(args[0]) if x is None else x for x in results)
+            every = (absent(args[0]) if x is None else x for x in results)
+            return tuple(x.data if x._is_view() else x for x in every)
 
         def flat(function):
             return lambda *args: function(*self.together(args))
@@ -101,6 +105,11 @@ def _requires_grad(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.requires_grad
 
 
+def _is_batched(x: Any) -> bool:
+    """Whether x is several gradients, which PyTorch asks for at once."""
+    return isinstance(x, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def _watched(operands: list[Any]) -> bool:
     """Whether PyTorch may want to know of a call, beside autograd.
 
@@ -113,6 +122,7 @@ def _watched(operands: list[Any]) -> bool:
         or forward_ad._current_level >= 0
         or not _PLAIN.issuperset(map(type, operands))
         or operands[0].is_meta
+        or (torch._C._current_graph_task_id() >= 0 and any(map(_is_batched, operands)))
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
