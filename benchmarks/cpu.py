@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -276,7 +276,9 @@ def _measure_apart(case: Case, repeat_for: float) -> dict[str, float]:
 
 
 def _python(*arguments: str) -> str:
-    run = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    if run.returncode:
+        raise ChildProcessError(f"python {' '.join(arguments)}: {run.stderr}")
     return run.stdout
 
 
@@ -287,16 +289,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [row for row in rows() if only in row.name]
     if not chosen:
         parser.error(f"--only: no row contains {only!r}")
+    if importlib.util.find_spec("transformers") is None:  # said now, not after minutes
+        peers = [row for row in chosen if any("transformers" in str(case) for case in row.cases)]
+        if peers:
+            parser.error(f"{peers[0].name}: expected transformers, which is not installed")
     cases = list(dict.fromkeys(case for row in chosen for case in row.cases))
     rounds: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
     for case in track(cases * ROUNDS, str):
         rounds[case].append(measure_apart(case))
     measured = {case: _least(found) for case, found in rounds.items()}
     results = [_result(row, measured) for row in chosen]
+    print(*aligned(_table(results)), sep="\n")
     if not only:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps({"machine": _machine(), "rows": results}, indent=1) + "\n")
-    print(*aligned(_table(results)), sep="\n")
     for case, found in measured.items():
         if found["others"] > DISTURBING:
             print(f"disturbed: {case}: other processes had {found['others']:.1f} cores")
@@ -332,7 +338,7 @@ def _table(results: list[dict[str, Any]]) -> Iterator[list[str]]:
             for number in (result["value"], result["at_most"])
         )
         verdict = "reached" if result["reached"] else "MISSED"
-        yield [result["name"], value, f"≤ {target}", verdict, "" if alone else " / ".join(parts)]
+        yield [result["name"], value, f"<= {target}", verdict, "" if alone else " / ".join(parts)]
 
 
 def _ratio(value: float) -> str:

@@ -8,10 +8,13 @@ a process of its own, on a GPU all run in this one.  ``python -m benchmarks`` me
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
@@ -48,11 +51,18 @@ def costs(device: str, lengths: Sequence[int]) -> dict[str, list[Measured]]:
 
 
 def measure_apart(case: Case, _: str) -> Measured:
-    """In a fresh process: a server that has done nothing but imports forks it."""
+    """In a fresh process: a server that has done nothing but imports forks it.
+
+    NaN where the system kills it, as it does with one that wants more memory than there is.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.cpu"])
-    with context.Pool(1) as pool:
-        return pool.apply(measure, (case, 0.0))
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(measure, case, 0.0).result()
+        except BrokenProcessPool:
+            print(f"\n{case}: its process was killed", file=sys.stderr)
+            return {"seconds": math.nan, "bytes": math.nan}
 
 
 def measure_on_gpu(case: Case, device: str) -> Measured:
@@ -76,15 +86,21 @@ def measure_on_gpu(case: Case, device: str) -> Measured:
 
 
 def cell(measured: Measured) -> str:
+    if math.isnan(measured["seconds"]):
+        return "killed"
     ms = measured["seconds"] * 1e3
     return f"{ms:,.{0 if ms >= 10 else 2}f} ms, {measured['bytes'] / 1e6:,.0f} MB"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.parser("cost", __doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", help="default 512 … 8192, 32768 on a GPU")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", help="default 512 to 8192, 32768 on a GPU"
+    )
     options = parser.parse_args(argv)
     lengths = options.lengths or LENGTHS[torch.device(options.device).type]
+    if min(lengths) < 1:
+        parser.error(f"--lengths: expected at least 1, got {min(lengths)}")
     found = costs(options.device, lengths)
     rows = [["time, memory", *(f"{T} tokens" for T in lengths)]]
     for label, measured in found.items():

@@ -8,6 +8,8 @@ same, however many came before (softmax attention looks back at all of them).
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import sys
 import time
@@ -109,6 +111,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.7, help="default 0.7")
     parser.add_argument("--seed", type=int, default=0, help="another number, another document")
     options = parser.parse_args(argv)
+    if options.length < 0:
+        parser.error(f"--length: expected at least 0, got {options.length}")
+    if not 0 <= options.temperature < math.inf:
+        parser.error(f"--temperature: expected a finite number, got {options.temperature}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know all characters
     try:
         model = load(options.checkpoint, options.device)
     except ValueError as error:

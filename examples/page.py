@@ -237,7 +237,11 @@ def _cost(results: Results) -> list[str]:
             Line(
                 name,
                 name,
-                [(T, max(m[quantity] / unit, 0.1)) for T, m in zip(lengths, found, strict=True)],
+                [
+                    (T, max(m[quantity] / unit, 0.1))
+                    for T, m in zip(lengths, found, strict=True)
+                    if m[quantity] == m[quantity]  # not of a process that was killed
+                ],
                 name == "kda",
             )
             for name, found in results.costs.items()

@@ -114,7 +114,7 @@ def accuracies(model: Reader, task: Task, device: str) -> list[float]:
 
 def bins(task: Task) -> list[str]:
     ends = [*DISTANCES[1:], task.length]
-    return [f"{start}–{end - 1}" for start, end in zip(DISTANCES, ends, strict=True)]
+    return [f"{start}-{end - 1}" for start, end in zip(DISTANCES, ends, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.length <= DISTANCES[-1]:
         parser.error(f"--length: expected more than {DISTANCES[-1]}, got {options.length}")
+    if options.steps < 1:
+        parser.error(f"--steps: expected at least 1, got {options.steps}")
     task = dataclasses.replace(task, steps=options.steps, length=options.length)
     rows = [["right answers, %, at distance", *bins(task)]]
     for mixer in options.mixer:

@@ -79,7 +79,7 @@ def _intruders() -> list[str]:
         f"{each.metadata['Name']} {each.version}"
         for each in metadata.distributions()
         if each.metadata["Name"] != DISTRIBUTION
-        and any(file.parts[0] == "fla" for file in each.files or ())
+        and any(file.parts[:1] == ("fla",) for file in each.files or ())
     )
 
 

@@ -29,6 +29,8 @@ def assert_close(
         raise AssertionError(
             f"{prefix}: shapes differ, expected {list(ref.shape)}, got {list(tri.shape)}"
         )
+    if ref.is_complex() or tri.is_complex():
+        raise TypeError(f"{prefix}: expected real tensors, got {ref.dtype} and {tri.dtype}")
     if ref.numel() == 0:
         return
     ref, tri = ref.detach().double(), tri.detach().double()

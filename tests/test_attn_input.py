@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fla.ops.attn import attn_decoding_one_step, parallel_attn
+from fla.ops.attn.naive import naive_attn_decoding
 from fla.ops.forgetting_attn import parallel_forgetting_attn
 
 
@@ -84,3 +85,8 @@ def test_bad_decoding(changes, message):
     with pytest.raises(ValueError) as caught:
         attn_decoding_one_step(**arguments)
     assert message in str(caught.value)
+
+
+def test_a_negative_window_of_the_textbook():
+    with pytest.raises(ValueError, match="window_size: expected None or at least 0, got -1"):
+        naive_attn_decoding(**good() | {"q": torch.zeros(1, 1, 4, 8)}, window_size=-1)

@@ -17,6 +17,7 @@ from benchmarks import counters, cpu, gpu, kda_gpu, linear_gpu, softmax_gpu, sui
 from benchmarks.cpu import Case, Row
 from fla.ops.attn import attn_decoding_one_step, parallel_attn
 from fla.ops.common import dispatch
+from fla.testing.report import track
 
 MEGABYTES = 2**20
 KNOWN = {"seconds": 1.0, "bytes": 2e9, "calls": 3, "others": 0.0}
@@ -99,6 +100,21 @@ def test_results_hold_what_is_printed(monkeypatch, tmp_path, capsys):
     reached = [row["value"] <= row["at_most"] for row in written["rows"]]
     assert [row["reached"] for row in written["rows"]] == reached
     assert printed.count("MISSED") == sum(not row["reached"] for row in written["rows"]) > 0
+
+
+def test_what_is_not_installed_is_said_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        cpu.main(["--only", "transformers"])
+    assert "expected transformers, which is not installed" in capsys.readouterr().err
+
+
+def test_a_bar_stays_in_its_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert [*track(range(3), lambda item: "x" * 200)] == [0, 1, 2]
+    drawn = capsys.readouterr().err.split("\r")
+    assert len(drawn) == 5 and max(map(len, drawn)) == 39 + len("\x1b[K")
 
 
 def test_every_row_names_operators_that_exist():

@@ -221,7 +221,7 @@ def test_commands(tmp_path, capsys):
         (["--heads", "0"], "heads: expected at least 1, got 0"),
         (["--layers", "0"], "layers: expected at least 1, got 0"),
         (["--every", "0"], "every: expected at least 1, got 0"),
-        (["--learning-rate", "nan"], "learning_rate: expected more than 0, got nan"),
+        (["--learning-rate", "nan"], "learning_rate: expected a finite number above 0, got nan"),
         (["--checkpoint", f"{__file__}/run.pt"], f"{__file__}/run.pt cannot be written"),
     ],
 )
@@ -241,11 +241,34 @@ def test_a_device_that_is_not_here(capsys, program):
     assert "argument --device: expected a device of this machine" in capsys.readouterr().err
 
 
-def test_recall_needs_the_length_of_its_distances(capsys):
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (recall, ["--length", "256"], "--length: expected more than 256, got 256"),
+        (recall, ["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (cost, ["--lengths", "64", "0"], "--lengths: expected at least 1, got 0"),
+        (generate, ["any.pt", "--length", "-1"], "--length: expected at least 0, got -1"),
+        (generate, ["any.pt", "--temperature", "nan"], "--temperature: expected a finite number"),
+    ],
+)
+def test_numbers_out_of_range(program, arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        recall.main(["--length", "256", "--device", "cpu"])
+        program.main([*arguments, "--device", "cpu"])
     assert stop.value.code == 2
-    assert "--length: expected more than 256, got 256" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def _killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_measurement_whose_process_is_killed(monkeypatch, capsys):
+    """As the system does with one that wants more memory than there is."""
+    monkeypatch.setattr(cost, "measure", _killed)
+    assert cost.main(["--lengths", "64", "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("killed") == len(cost.OPERATORS)
+    assert "chunk_kda forward and backward, T 64, float32: its process was killed" in printed.err
 
 
 def test_a_page_that_cannot_be_written(tmp_path, capsys):
@@ -306,7 +329,7 @@ def test_the_delta_rule_recalls_and_a_sum_does_less():
 def test_recall_command(capsys):
     assert recall.main(["--mixer", "linear", "--steps", "2", "--device", "cpu"]) == 0
     title, line = capsys.readouterr().out.splitlines()
-    assert title.endswith("192–255  256–383")
+    assert title.endswith("192-255  256-383")
     assert line.startswith("linear ")
 
 
@@ -349,6 +372,7 @@ def test_progress_is_one_line_of_a_terminal(capsys, monkeypatch):
 def results() -> Results:
     nothing = float("nan")
     costs = [{"seconds": 0.001 * T, "bytes": 1e3 * T} for T in (64, 128)]
+    killed = dict.fromkeys(costs[0], math.nan)
     return Results(
         machine={"date": "today", "where": "<here>"},
         seconds=100,
@@ -361,7 +385,7 @@ def results() -> Results:
         task=Task(),
         recall={mixer: [0.5] * 7 + [nothing] for mixer in MIXERS},
         lengths=(64, 128),
-        costs={name: costs for name in cost.OPERATORS},
+        costs={name: costs for name in cost.OPERATORS} | {"fox": [costs[0], killed]},
     )
 
 

@@ -121,3 +121,9 @@ BAD = [
 def test_bad_input(error, message, name, arguments):
     with pytest.raises(error, match=re.escape(message)):
         getattr(index, f"prepare_{name}")(*arguments)
+
+
+@pytest.mark.parametrize("what", ["position_ids", "sequence_ids", "token_indices"])
+def test_boundaries_that_decrease(what):
+    with pytest.raises(ValueError, match="cu_seqlens: expected not to decrease"):
+        getattr(index, f"prepare_{what}")(torch.tensor([0, 3, 1]))

@@ -71,3 +71,8 @@ except RuntimeError:
 raise SystemExit("device did not ask")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_complex_tensors_are_not_compared():
+    with pytest.raises(TypeError, match="o: expected real tensors"):
+        assert_close("o", REF + 1j, REF, 1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -18,13 +19,19 @@ def track(items: Sequence[Item], label: Callable[[Item], str]) -> Iterator[Item]
         if terminal:
             bar = "█" * (_BAR * done // len(items))
             line = f"{bar:░<{_BAR}} {done}/{len(items)} {text}"
-            print(f"\r{line:<100.100}", end="", file=sys.stderr, flush=True)
+            _draw(line)
         elif text != shown:
             print(f"{done + 1}/{len(items)} {text}", file=sys.stderr, flush=True)
         shown = text
         yield item
     if terminal:
-        print(f"\r{'':<100}\r", end="", file=sys.stderr, flush=True)
+        _draw("")
+
+
+def _draw(line: str) -> None:
+    """In place of what the terminal's line held; one that wraps could not be drawn over."""
+    room = shutil.get_terminal_size().columns - 1
+    print(f"\r{line[:room]}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.common import contract
+from fla.ops.common.device import on_host
 
 
 def prepare_lens(cu_seqlens: Tensor, cu_seqlens_cpu: Tensor | None = None) -> Tensor:
@@ -93,6 +94,8 @@ def _chunks(lens: Tensor, chunk_size: int) -> Tensor:
 
 def _count(sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Groups of these sizes laid one after another: the group and the rank in it of each member."""
+    if on_host(sizes) and (sizes < 0).any():
+        raise ValueError("cu_seqlens: expected not to decrease, got a sequence of negative length")
     group = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
     first = sizes.cumsum(0) - sizes
     return group, torch.arange(len(group), device=sizes.device) - first[group]
