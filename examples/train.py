@@ -125,8 +125,12 @@ class Trainer:
             with unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
             os.replace(unfinished, path)
-        except OSError as error:
-            raise ValueError(f"checkpoint: {path} cannot be written: {error}") from None
+        except (OSError, RuntimeError) as error:  # of a full disk torch.save has one of its own
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise ValueError(f"checkpoint: {path} cannot be written: {reason}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
 
     def load(self, path: Path) -> None:
         """Go on where the run of a checkpoint stopped."""

@@ -157,6 +157,26 @@ def test_a_resumed_run_is_the_same_run(corpus, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_disk_that_is_full(corpus, tmp_path, monkeypatch):
+    """The checkpoint that is there stays whole, and of the other nothing is left."""
+    path = tmp_path / "run.pt"
+    trained = trainer(corpus)
+    trained.save(path)
+    before = path.read_bytes()
+
+    def save(_, file):
+        file.write(b"some")
+        try:
+            raise OSError("No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 97088 vs 96980")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(ValueError, match=r"run\.pt cannot be written: No space left on device"):
+        trained.save(path)
+    assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == before
+
+
 def test_ctrl_c_leaves_a_checkpoint(corpus, tmp_path, monkeypatch):
     stopped, path = trainer(corpus), tmp_path / "run.pt"
     advance = stopped.advance
