@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
+
+from fla.testing.report import redraw
 
 BAR = 24
 REDRAW, LINE = 0.1, 10.0  # seconds between two drawings on a terminal, and elsewhere
@@ -33,18 +34,13 @@ class Progress:
         line = f"{done}/{self._total}  {text}  {clock(left)} left"
         if self._terminal:
             bar = "█" * (BAR * done // self._total)
-            self._draw(f"{self._label} {bar:░<{BAR}} {line}")
+            redraw(f"{self._label} {bar:░<{BAR}} {line}")
         else:
             print(f"{self._label} {line}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._terminal:
-            self._draw("")
-
-    def _draw(self, line: str) -> None:
-        """In place of what the terminal's line held; one that wraps could not be drawn over."""
-        room = shutil.get_terminal_size().columns - 1
-        print(f"\r{line[:room]}\x1b[K", end="", file=sys.stderr, flush=True)
+            redraw("")
 
 
 def clock(seconds: float) -> str:

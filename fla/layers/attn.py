@@ -31,9 +31,8 @@ class SoftmaxMixer(Mixer):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         multiple("hidden_size", hidden_size, "num_heads", num_heads)
         multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
-        if window_size is not None and contract.whole_number("window_size", window_size) < 0:
-            raise ValueError(f"window_size: expected None or at least 0, got {window_size}")
-        self.hidden_size, self.layer_idx, self.window_size = hidden_size, layer_idx, window_size
+        self.hidden_size, self.layer_idx = hidden_size, layer_idx
+        self.window_size = contract.window(window_size)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = hidden_size // num_heads
         fits("hidden_size / num_heads", self.head_dim, 256)

@@ -115,17 +115,19 @@ class Mixer(nn.Module):
             raise ValueError(
                 f"layer_idx: expected a number for a {type(self).__name__} with a cache, got None"
             )
-        if past is not None and not isinstance(past, Cache):
+        if past is None:
+            return Cache()
+        if not isinstance(past, Cache):
             raise TypeError(
                 f"past_key_values: expected a fla.layers.Cache, got {type(past).__name__}"
             )
-        if past is not None and not is_compiling() and torch._C._current_graph_task_id() >= 0:
+        if not is_compiling() and torch._C._current_graph_task_id() >= 0:
             # it would go on from what it is to be computed from
             raise RuntimeError(
                 "past_key_values: expected None where a backward pass computes tokens again "
                 "(activation checkpointing), got a Cache, which has them already"
             )
-        return Cache() if past is None else past
+        return past
 
 
 def multiple(name: str, value: int, of: str, divisor: int) -> None:

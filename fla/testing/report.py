@@ -19,16 +19,16 @@ def track(items: Sequence[Item], label: Callable[[Item], str]) -> Iterator[Item]
         if terminal:
             bar = "█" * (_BAR * done // len(items))
             line = f"{bar:░<{_BAR}} {done}/{len(items)} {text}"
-            _draw(line)
+            redraw(line)
         elif text != shown:
             print(f"{done + 1}/{len(items)} {text}", file=sys.stderr, flush=True)
         shown = text
         yield item
     if terminal:
-        _draw("")
+        redraw("")
 
 
-def _draw(line: str) -> None:
+def redraw(line: str) -> None:
     """In place of what the terminal's line held; one that wraps could not be drawn over."""
     room = shutil.get_terminal_size().columns - 1
     print(f"\r{line[:room]}\x1b[K", end="", file=sys.stderr, flush=True)

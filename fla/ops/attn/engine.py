@@ -134,12 +134,8 @@ def _sizes(q, k, v, g, sink_bias, queries: str, keys: str) -> dict[str, int]:
 
 
 def _window(size: int | None) -> int | None:
-    if size is None:
-        return None
-    size = contract.whole_number("window_size", size)
-    if size < 0:
-        raise ValueError(f"window_size: expected None or at least 0, got {size}")
-    return min(size, _WIDEST)
+    size = contract.window(size)
+    return None if size is None else min(size, _WIDEST)
 
 
 def _nothing_to_see(q: Tensor, k: Tensor, v: Tensor, options: Options | DecodingOptions) -> bool:

@@ -219,6 +219,16 @@ def whole_number(name: str, value: Any) -> int:
     return int(value)
 
 
+def window(size: Any) -> int | None:
+    """``window_size``: how many keys a query sees, or None for all."""
+    if size is None:
+        return None
+    size = whole_number("window_size", size)
+    if size < 0:
+        raise ValueError(f"window_size: expected None or at least 0, got {size}")
+    return size
+
+
 def floating(name: str, dtype: Any) -> None:
     if dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating point dtype, got {dtype}")
