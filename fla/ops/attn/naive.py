@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fla.ops.common import contract
-
 
 def naive_parallel_attn(
     q: Tensor,
@@ -59,7 +57,8 @@ def naive_attn_decoding(
 
     q [1, N, HQ, K]; k [1, ΣT, H, K]; v [1, ΣT, H, V]; g [1, ΣT, HQ].
     """
-    window_size = contract.window(window_size)
+    if window_size is not None and window_size < 0:
+        raise ValueError(f"window_size: expected None or at least 0, got {window_size}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     groups = q.shape[2] // max(k.shape[2], 1)
     bounds = [0, k.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
