@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import io
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
+
+
+def entry(main: Callable[..., int]) -> Callable[..., int]:
+    """``main`` with one line for wrong arguments, and one for Ctrl-C behind what was done."""
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal may not know all characters
+        try:
+            return main(argv)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
+
+    return run
 
 
 def parser(program: str, text: str | None) -> argparse.ArgumentParser:

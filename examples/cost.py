@@ -12,7 +12,7 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -37,17 +37,15 @@ LENGTHS = {"cpu": [512, 1024, 2048, 4096, 8192], "cuda": [2048, 4096, 8192, 1638
 Measured = dict[str, float]  # seconds and bytes
 
 
-def costs(device: str, lengths: Sequence[int]) -> dict[str, list[Measured]]:
-    """Of each operator at each length."""
-    found: dict[str, list[Measured]] = {label: [] for label in OPERATORS}
+def costs(device: str, lengths: Sequence[int]) -> Iterator[tuple[str, Measured]]:
+    """Of each operator, at each length."""
     cases = [(label, T) for T in lengths for label in OPERATORS]
     with Progress("cost", len(cases)) as bar:
         for done, (label, T) in enumerate(cases):
             bar.update(done, f"{label}, {T} tokens")
             case = Case(OPERATORS[label], T, backward=True)
             on = measure_on_gpu if torch.device(device).type == "cuda" else measure_apart
-            found[label].append(on(case, device))
-    return found
+            yield label, on(case, device)
 
 
 def measure_apart(case: Case, _: str) -> Measured:
@@ -92,6 +90,7 @@ def cell(measured: Measured) -> str:
     return f"{ms:,.{0 if ms >= 10 else 2}f} ms, {measured['bytes'] / 1e6:,.0f} MB"
 
 
+@command.entry
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.parser("cost", __doc__)
     parser.add_argument(
@@ -101,11 +100,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths = options.lengths or LENGTHS[torch.device(options.device).type]
     if min(lengths) < 1:
         parser.error(f"--lengths: expected at least 1, got {min(lengths)}")
-    found = costs(options.device, lengths)
-    rows = [["time, memory", *(f"{T} tokens" for T in lengths)]]
-    for label, measured in found.items():
-        rows.append([label, *map(cell, measured)])
-    print(*aligned(rows), sep="\n")
+    rows: dict[str, list[str]] = {}
+    try:
+        for label, measured in costs(options.device, lengths):
+            rows.setdefault(label, [label]).append(cell(measured))
+    finally:
+        head = ["time, memory", *(f"{T} tokens" for T in lengths)]
+        whole = (row + [""] * (len(head) - len(row)) for row in rows.values())
+        print(*aligned([head, *whole]), sep="\n")
     return 0
 
 

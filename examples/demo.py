@@ -20,7 +20,7 @@ import torch
 
 import fla
 from examples import command
-from examples.cost import LENGTHS, costs
+from examples.cost import LENGTHS, OPERATORS, Measured, costs
 from examples.data import Corpus, ledgers
 from examples.generate import document, largest_difference, seconds_per_token
 from examples.model import MIXERS, Config
@@ -41,18 +41,12 @@ class Sizes:
     lengths: Sequence[int] = ()
 
 
+@command.entry
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.parser("demo", __doc__)
     parser.add_argument("--out", type=Path, default=Path("demo/page.html"), help="the page")
     options = parser.parse_args(argv)
-    try:
-        return demo(options.out, options.device, Sizes())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped")
-        return 130
+    return demo(options.out, options.device, Sizes())
 
 
 def demo(out: Path, device: str, sizes: Sizes) -> int:
@@ -83,6 +77,9 @@ def demo(out: Path, device: str, sizes: Sizes) -> int:
     shares = {mixer: recall(mixer, sizes.task, device) for mixer in MIXERS}
     print("\nTime and memory against length, for every operator")
     lengths = sizes.lengths or LENGTHS[torch.device(device).type]
+    spent: dict[str, list[Measured]] = {label: [] for label in OPERATORS}
+    for label, measured in costs(device, lengths):
+        spent[label].append(measured)
     results = Results(
         machine=machine(device),
         training=training,
@@ -94,7 +91,7 @@ def demo(out: Path, device: str, sizes: Sizes) -> int:
         task=sizes.task,
         recall=shares,
         lengths=lengths,
-        costs=costs(device, lengths),
+        costs=spent,
         seconds=time.monotonic() - began,
     )
     out.write_text(page(results), encoding="utf-8")

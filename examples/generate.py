@@ -8,7 +8,6 @@ same, however many came before (softmax attention looks back at all of them).
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import sys
@@ -103,6 +102,7 @@ def load(path: Path, device: str) -> LanguageModel:
     return model.to(device)
 
 
+@command.entry
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.parser("generate", __doc__)
     parser.add_argument("checkpoint", type=Path, help="what examples.train wrote")
@@ -115,13 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--length: expected at least 0, got {options.length}")
     if not 0 <= options.temperature < math.inf:
         parser.error(f"--temperature: expected a finite number, got {options.temperature}")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not know all characters
-    try:
-        model = load(options.checkpoint, options.device)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    model = load(options.checkpoint, options.device)
     prompt = os.fsencode(options.prompt)
     print(document(model, prompt, options.length, options.seed, options.temperature))
     return 0

@@ -117,6 +117,7 @@ def bins(task: Task) -> list[str]:
     return [f"{start}-{end - 1}" for start, end in zip(DISTANCES, ends, strict=True)]
 
 
+@command.entry
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.parser("recall", __doc__)
     task = Task()
@@ -130,10 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--steps: expected at least 1, got {options.steps}")
     task = dataclasses.replace(task, steps=options.steps, length=options.length)
     rows = [["right answers, %, at distance", *bins(task)]]
-    for mixer in options.mixer:
-        shares = recall(mixer, task, options.device)
-        rows.append([mixer, *(f"{100 * share:.0f}" for share in shares)])
-    print(*aligned(rows), sep="\n")
+    try:
+        for mixer in options.mixer:
+            shares = recall(mixer, task, options.device)
+            rows.append([mixer, *(f"{100 * share:.0f}" for share in shares)])
+    finally:
+        print(*aligned(rows), sep="\n")
     return 0
 
 

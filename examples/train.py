@@ -218,16 +218,9 @@ def interruption() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
+@command.entry
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    try:
-        return _main(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _main(options: argparse.Namespace) -> int:
     given = vars(options)
     config = Config(**{each.name: given[each.name] for each in _fields(Config, given)})
     run = Run(**{each.name: given[each.name] for each in _fields(Run, given)})

@@ -353,6 +353,25 @@ def test_recall_command(capsys):
     assert line.startswith("linear ")
 
 
+def _stop(*_):
+    raise KeyboardInterrupt
+
+
+def test_what_is_stopped_shows_what_was_done(capsys, monkeypatch):
+    first = iter([[0.5] * len(recall.DISTANCES)])
+    monkeypatch.setattr(recall, "recall", lambda *_: next(first, None) or _stop())
+    assert recall.main(["--mixer", "kda", "linear", "--device", "cpu"]) == 130
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()] == ["right", "kda"]
+    assert printed.err.endswith("stopped\n")
+
+    first = iter([{"seconds": 1.0, "bytes": 1e6}])
+    monkeypatch.setattr(cost, "measure_apart", lambda *_: next(first, None) or _stop())
+    assert cost.main(["--device", "cpu", "--lengths", "64", "128"]) == 130
+    _, line = capsys.readouterr().out.splitlines()
+    assert line == "kda           1,000 ms, 1 MB"
+
+
 # Cost and page
 
 
