@@ -31,13 +31,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
 import fla
+from benchmarks import OUT
 from fla import ops
 from fla.ops.forgetting_attn import parallel_forgetting_attn
 from fla.ops.kda import chunk_kda, fused_recurrent_kda
 from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
 from fla.testing.report import aligned, track
 
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
 IMPORT = "import fla.ops"
 # A measurement is repeated while other processes take more than this share of a core.
 DISTURBING, TRIES = 0.1, 3
@@ -284,11 +284,12 @@ def _python(*arguments: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks cpu", description=__doc__)
-    parser.add_argument("--only", default="", metavar="NAME", help="only rows that contain NAME")
-    only = parser.parse_args(argv).only
-    chosen = [row for row in rows() if only in row.name]
+    parser.add_argument("--rows", default="", metavar="NAME", help="only rows that contain NAME")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIRECTORY", help="of the JSON")
+    options = parser.parse_args(argv)
+    chosen = [row for row in rows() if options.rows in row.name]
     if not chosen:
-        parser.error(f"--only: no row contains {only!r}")
+        parser.error(f"--rows: no row contains {options.rows!r}")
     if importlib.util.find_spec("transformers") is None:  # said now, not after minutes
         peers = [row for row in chosen if any("transformers" in str(case) for case in row.cases)]
         if peers:
@@ -300,9 +301,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = {case: _least(found) for case, found in rounds.items()}
     results = [_result(row, measured) for row in chosen]
     print(*aligned(_table(results)), sep="\n")
-    if not only:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({"machine": _machine(), "rows": results}, indent=1) + "\n")
+    if not options.rows:
+        options.out.mkdir(parents=True, exist_ok=True)
+        record = json.dumps({"machine": _machine(), "rows": results}, indent=1)
+        (options.out / "cpu.json").write_text(record + "\n")
     for case, found in measured.items():
         if found["others"] > DISTURBING:
             print(f"disturbed: {case}: other processes had {found['others']:.1f} cores")

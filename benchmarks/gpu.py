@@ -2,9 +2,9 @@
 
 Prints each finding as it comes, and a table last: ms, forward / backward, and the errors of 16-bit
 results against fp64; a ``!`` is slower than the row is to be.  The findings stand in
-``benchmarks/results``.  ``--peer`` names a directory into which ``pip install --target DIRECTORY
---no-deps fla-core==0.6.0`` has put that package; all GPUs share its rows, when all else has been
-measured.
+``measured``, or in the directory ``--out``.  ``--peer`` names a directory into which ``pip install
+--target DIRECTORY --no-deps fla-core==0.6.0`` has put that package; all GPUs share its rows, when
+all else has been measured.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks import OUT
 from benchmarks.suite import Found, Row, Suite, reached
 
 SUITES = {
@@ -40,7 +41,6 @@ SUITES = {
     "kda": "benchmarks.kda_gpu",
 }
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 # Only it lies elsewhere, and runs in processes that find it there
 PEER = "fla-core"
 
@@ -54,9 +54,7 @@ def parser_for(what: str, description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", choices=SUITES, help="one engine; all by default")
     parser.add_argument("--rows", default="", metavar="NAME", help="only rows that contain NAME")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="DIRECTORY", help="of the JSON"
-    )
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIRECTORY", help="of the JSON")
     return parser
 
 

@@ -1,6 +1,6 @@
 """Write on from a prompt, from the state and a byte at a time.
 
-    python -m examples.generate runs/ledger.pt --prompt "a=1 b=2 c=3 "
+    python -m examples.generate runs/ledgers.pt --prompt "a=1 b=2 c=3 "
 
 The prompt is read in the chunked form; each byte after it takes the recurrent form and costs the
 same, however many came before (softmax attention looks back at all of them).

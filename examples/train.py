@@ -1,13 +1,13 @@
 """Train a small language model over bytes, on a text of yours or on the built-in language.
 
-    python -m examples.train                                  # KDA, built-in language
+    python -m examples.train --checkpoint runs/ledgers.pt     # KDA, built-in language
     python -m examples.train --mixer lightning --text book.txt --checkpoint runs/book.pt
     python -m examples.train --mixer lightning --text book.txt --checkpoint runs/book.pt --resume
     python -m examples.generate runs/book.pt --prompt "It was"
 
 Batches are packed: documents stand behind one another in a row, and no layer looks across their
-boundaries.  A checkpoint is written now and then, at the end, and on Ctrl-C; with ``--resume`` the
-run goes on as if it had never stopped, to the last bit on the same machine.
+boundaries.  The checkpoint is written now and then, at the end, and on Ctrl-C; with ``--resume``
+the run goes on as if it had never stopped, to the last bit on the same machine.
 """
 
 from __future__ import annotations

@@ -356,6 +356,9 @@ def killed(mutant: Mutant) -> bool:
 
 
 def main(names: list[str]) -> int:
+    unknown = set(names) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        raise SystemExit(f"expected names of mutants, got {', '.join(sorted(unknown))}")
     chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
     survivors = 0
     for mutant in chosen:

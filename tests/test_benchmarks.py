@@ -88,11 +88,10 @@ def test_the_least_disturbed_counts(monkeypatch):
 
 
 def test_results_hold_what_is_printed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cpu, "RESULTS", tmp_path / "results" / "cpu.json")
     monkeypatch.setattr(cpu, "measure_apart", lambda case: dict(KNOWN))
-    assert cpu.main([]) == 1  # 2 GB are too much
+    assert cpu.main(["--out", str(tmp_path / "measured")]) == 1  # 2 GB are too much
     printed = capsys.readouterr().out
-    written = json.loads(cpu.RESULTS.read_text())
+    written = json.loads((tmp_path / "measured" / "cpu.json").read_text())
     assert written["machine"]["torch"] == torch.__version__
     assert len(written["rows"]) == len(list(cpu.rows()))
     for row in written["rows"]:
@@ -105,7 +104,7 @@ def test_results_hold_what_is_printed(monkeypatch, tmp_path, capsys):
 def test_what_is_not_installed_is_said_at_once(monkeypatch, capsys):
     monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        cpu.main(["--only", "transformers"])
+        cpu.main(["--rows", "transformers"])
     assert "expected transformers, which is not installed" in capsys.readouterr().err
 
 

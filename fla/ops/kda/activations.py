@@ -1,4 +1,4 @@
-"""What the kernels make of raw operands: unit vectors, log-decays and betas, and their adjoints.
+"""What the kernels make of raw gates and betas: log-decays and betas, and their adjoints.
 
 Log-decays are in units of log 2, so that a decay is ``exp2`` of a sum of them.
 """

@@ -72,7 +72,8 @@ def chunk_kda(
         cp_context: context parallelism, not offered yet.
         use_graph, max_num_seqs: accepted; every packed call can be captured in a CUDA graph.
         A_log, dt_bias: the gate's parameters, HV and HV · K elements in any shape.
-        chunk_size: 32 or 64.
+        chunk_size: 32 or 64, of plain PyTorch and of ``h``; kernels choose their own, and leave
+            ``h`` of chunks of 32 to plain PyTorch.  The results are the same.
         transpose_state_layout: the old name of ``state_v_first``.
 
     Returns:

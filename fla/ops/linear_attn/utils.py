@@ -1,4 +1,7 @@
-"""The normaliser of linear attention and the state that carries it from call to call."""
+"""The normaliser of linear attention and the state that carries it from call to call.
+
+The engine normalises by itself; the two functions do so with outputs that come without.
+"""
 
 from __future__ import annotations
 

@@ -89,8 +89,8 @@ class Passing:
 
 @gluon.jit
 def carry_on(
-    passing, gamma, start, end, i_h, i_z, count,
-    H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr, V_FIRST: gl.constexpr,
+    passing, gamma, start, end, i_z, count,
+    X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr, V_FIRST: gl.constexpr,
     GATED: gl.constexpr, SUMMED: gl.constexpr,
 ):  # fmt: skip
     """Carry the state from chunk to chunk, S ← w S + yᵀ u, and lay down what enters each."""
@@ -138,7 +138,7 @@ def carry_on(
 @gluon.jit
 def put_out(
     o_desc, out, passing, gamma, cu_seqlens, scale, i_b, i_h, i_z, count, N, T,
-    H: gl.constexpr, X: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr, GATED: gl.constexpr,
+    H: gl.constexpr, Z: gl.constexpr, REVERSE: gl.constexpr, GATED: gl.constexpr,
     SUMMED: gl.constexpr, TURN: gl.constexpr,
 ):  # fmt: skip
     """Put out = scale (w (x·S) + w (x·y) z) of every chunk at this turn.
@@ -230,9 +230,9 @@ def hopper_turns_kernel(
     SUMMED: gl.constexpr = sums is not None
     GATED: gl.constexpr = SUMMED or (g_gamma is not None)
     i_z = gl.program_id(0) % NZ
-    i_h = gl.program_id(0) // NZ % H
-    i_b = gl.program_id(0) // (NZ * H)
     h = gl.program_id(0) // NZ
+    i_h = h % H
+    i_b = h // H
     count = chunks_of(cu_seqlens, N, T, BY_FOUR)
     gamma = 0.0
     if g_gamma is not None:
@@ -261,8 +261,8 @@ def hopper_turns_kernel(
             (
                 carry_on,
                 (
-                    passing, gamma, start, end, i_h, i_z, count,
-                    H, X, Z, REVERSE, V_FIRST, GATED, SUMMED,
+                    passing, gamma, start, end, i_z, count,
+                    X, Z, REVERSE, V_FIRST, GATED, SUMMED,
                 ),
             ),
             (
@@ -277,21 +277,21 @@ def hopper_turns_kernel(
                 put_out,
                 (
                     o_desc, out, passing, gamma, cu_seqlens, scale, i_b, i_h, i_z, count, N, T,
-                    H, X, Z, REVERSE, GATED, SUMMED, 0,
+                    H, Z, REVERSE, GATED, SUMMED, 0,
                 ),
             ),
             (
                 put_out,
                 (
                     o_desc, out, passing, gamma, cu_seqlens, scale, i_b, i_h, i_z, count, N, T,
-                    H, X, Z, REVERSE, GATED, SUMMED, 1,
+                    H, Z, REVERSE, GATED, SUMMED, 1,
                 ),
             ),
             (
                 put_out,
                 (
                     o_desc, out, passing, gamma, cu_seqlens, scale, i_b, i_h, i_z, count, N, T,
-                    H, X, Z, REVERSE, GATED, SUMMED, 2,
+                    H, Z, REVERSE, GATED, SUMMED, 2,
                 ),
             ),
         ],
