@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ import fla.ops
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# The columns of an engine's table in the README
+# The columns of an engine's table in the README, and of that in benchmarks/NOTES.md
 QUOTED = {
     "kda": ("ours", "triton", "fla-core"),
     "linear": ("ours", "triton", "fla-core"),
     "softmax": ("ours", "fla-core", "cudnn"),
 }
+NOTED = QUOTED | {"softmax": ("ours", "triton", "fla-core", "cudnn", "flash", "flex")}
 # What stands beside what there, of the results on a CPU
 BESIDE = (
     ("chunk_kda forward, T 2048", "transformers chunk forward, T 2048"),
@@ -54,14 +56,17 @@ def test_files_that_are_named_exist(name):
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def measured(columns: dict[str, tuple[str, ...]]) -> Iterator[tuple[dict, str]]:
+    """Each row of the results on a GPU, and its cells of these columns."""
+    for engine, libraries in columns.items():
+        for row in json.loads((RESULTS / f"{engine}_gpu.json").read_text())["rows"]:
+            yield row, " | ".join(milliseconds(row.get(name, {})) for name in libraries)
+
+
 def quoted() -> list[str]:
     """The lines of the README's tables of measurements, as the results have them."""
-    lines = []
-    for engine, libraries in QUOTED.items():
-        for row in json.loads((RESULTS / f"{engine}_gpu.json").read_text())["rows"]:
-            if row["first"][0] is not None:
-                cells = [milliseconds(row.get(name, {})) for name in libraries]
-                lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    rows = [(row, cells) for row, cells in measured(QUOTED) if row["first"][0] is not None]
+    lines = [f"| {row['name']} | {cells} |" for row, cells in rows]
     seconds = {
         case["case"].removesuffix(", float32"): case["seconds"]
         for row in json.loads((RESULTS / "cpu.json").read_text())["rows"]
@@ -86,3 +91,11 @@ def short(ms: float) -> str:
 def test_the_readme_quotes_the_results():
     readme = (ROOT / "README.md").read_text().splitlines()
     assert [line for line in quoted() if line not in readme] == []
+
+
+def test_the_notes_have_all_results():
+    """What is counted stands between a row's name and what was measured."""
+    notes = (ROOT / "benchmarks" / "NOTES.md").read_text().splitlines()
+    for row, cells in measured(NOTED):
+        starts = [line for line in notes if line.startswith(f"| {row['name']} |")]
+        assert [line for line in starts if line.endswith(f"| {cells} |")], (row["name"], cells)
