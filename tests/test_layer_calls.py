@@ -166,13 +166,20 @@ def in_dtype(state, dtype):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@every
-def test_a_cache_is_not_gone_on_from_twice(name, reentrant):
+@pytest.mark.parametrize(
+    "name, compiled", [*((name, False) for name in LAYERS), ("kda", True), ("attn", True)]
+)
+def test_a_cache_is_not_gone_on_from_twice(name, compiled, reentrant):
     """To compute tokens again where a backward pass wants them would begin at their own end."""
+    torch._dynamo.reset()
     made, x = layer(name, layer_idx=0), draw(2, 9, D)
     cache = made(x[:, :4], use_cache=True)[2]
-    more = {"past_key_values": cache}
-    o = checkpoint(lambda y: made(y, **more)[0], x[:, 4:].requires_grad_(), use_reentrant=reentrant)
+
+    def run(y):
+        return made(y, past_key_values=cache)[0]
+
+    run = torch.compile(run, backend="aot_eager") if compiled else run
+    o = checkpoint(run, x[:, 4:].requires_grad_(), use_reentrant=reentrant)
     with pytest.raises(RuntimeError, match="past_key_values: expected None where a backward pass"):
         o.sum().backward()
     assert cache.get_seq_length() == 9
@@ -213,6 +220,15 @@ def test_compiles_as_one_graph(name):
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     x = draw(2, 5, D, dtype=torch.float32)
     torch.testing.assert_close(compiled(x), run(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "," not in name])
+def test_any_length_exports_as_one_graph(name):
+    made, (few, many) = layer(name), (draw(2, T, D) for T in (5, 70))
+    lengths = {"T": torch.export.Dim("T", min=2, max=1 << 20)}
+    exported = torch.export.export(made, (few,), dynamic_shapes=({1: lengths["T"]},), strict=False)
+    for x in (few, many):
+        torch.testing.assert_close(exported.module()(x)[0], made(x)[0], rtol=1e-10, atol=1e-10)
 
 
 # What does not fit

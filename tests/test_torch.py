@@ -275,6 +275,28 @@ def test_results_may_be_written_over(name, T, lengths):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("T", [1, 37])
+@pytest.mark.parametrize("name", ["chunk_simple_gla", "chunk_kda", "parallel_attn"])
+def test_results_without_gradients_may_be_written_over(name, T):
+    q, weight = torch.randn(1, T, 2, 8), torch.ones(8, requires_grad=True)
+    with torch.no_grad():
+        results = called(name, q, **({} if "attn" in name else {"output_final_state": True}))
+    for x in results if isinstance(results, tuple) else (results,):
+        x.mul_(weight).sum().backward()
+    assert weight.grad.any()
+
+
+def test_compiles_few_times_for_many_windows():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ops.parallel_attn, fullgraph=True, backend=counter)
+    q = torch.randn(1, 37, 2, 8)
+    for window in range(3, 20):
+        found = compiled(q, q, q, window_size=window)
+        assert torch.equal(found, ops.parallel_attn(q, q, q, window_size=window))
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("name", ["chunk_simple_gla", "chunk_kda", "parallel_attn"])
 def test_several_gradients_at_once(name):
     def o(q):

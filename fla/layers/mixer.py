@@ -90,6 +90,9 @@ class Mixer(nn.Module):
         cu_seqlens = _options(type(self).__name__, kwargs)
         self._check(hidden_states)
         cache = self._cache(past_key_values, use_cache)
+        if past_key_values is not None and torch.is_grad_enabled():
+            first_time = _first_time_compiled if is_compiling() else _first_time
+            hidden_states = first_time(hidden_states)
         seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         tokens = Tokens(hidden_states, attention_mask, cu_seqlens, seen)
         o = self.mix(tokens.pack(hidden_states), Call(self, tokens, cache))
@@ -97,7 +100,12 @@ class Mixer(nn.Module):
 
     def recurrent(self, x: Tensor) -> bool:
         """Whether tokens x take the recurrent form in place of the chunked one."""
-        return not self.training and x.shape[1] <= MOST_RECURRENT
+        few = x.shape[1] <= MOST_RECURRENT
+        if is_compiling():  # a graph of all lengths has the form for all
+            from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+            few = statically_known_true(few)
+        return not self.training and few
 
     def _check(self, hidden_states: Tensor) -> None:
         if not isinstance(hidden_states, Tensor):
@@ -121,13 +129,27 @@ class Mixer(nn.Module):
             raise TypeError(
                 f"past_key_values: expected a fla.layers.Cache, got {type(past).__name__}"
             )
-        if not is_compiling() and torch._C._current_graph_task_id() >= 0:
-            # it would go on from what it is to be computed from
-            raise RuntimeError(
-                "past_key_values: expected None where a backward pass computes tokens again "
-                "(activation checkpointing), got a Cache, which has them already"
-            )
         return past
+
+
+def _first_time(x: Tensor) -> Tensor:
+    """x, of a call that goes on from a cache: again, it would from what it is computed from."""
+    if torch._C._current_graph_task_id() >= 0:
+        raise RuntimeError(
+            "past_key_values: expected None where a backward pass computes tokens again "
+            "(activation checkpointing), got a Cache, which has them already"
+        )
+    return x
+
+
+@torch.library.custom_op("fla::first_time", mutates_args=(), schema="(Tensor x) -> Tensor")
+def _first_time_compiled(x):
+    """The same where it has to be asked when compiled code runs; operators return new tensors."""
+    return _first_time(x).clone()
+
+
+_first_time_compiled.register_fake(torch.empty_like)
+_first_time_compiled.register_autograd(lambda ctx, dx: dx)
 
 
 def multiple(name: str, value: int, of: str, divisor: int) -> None:

@@ -186,7 +186,7 @@ def _fake_decoding(q, k, v, *_):
 
 
 _OPERANDS = "Tensor k, Tensor v, Tensor? g, Tensor? sink_bias, Tensor? cu_seqlens"
-_OPTIONS = "float scale, int? window_size"
+_OPTIONS = "float scale, SymInt? window_size"
 _forward = Operator(
     f"softmax_forward(Tensor q, {_OPERANDS}, {_OPTIONS}) -> (Tensor o, Tensor lse)",
     _run_forward,

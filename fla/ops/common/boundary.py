@@ -43,15 +43,11 @@ class Operator:
                 return complete(run, *args)
 
         def whole(*args):
-            """An implementation gives None for a result that was not asked for, PyTorch cannot.
-
-            Nor may a view be written over where autograd records.
-            """
+            """An implementation gives None for a result that was not asked for, PyTorch cannot."""
             results = below_autocast(*args)
-            if not isinstance(results, tuple):
-                return results
-            every = (absent(args[0]) if x is None else x for x in results)
-            return tuple(x.data if x._is_view() else x for x in every)
+            if isinstance(results, tuple):
+                results = tuple(absent(args[0]) if x is None else x for x in results)
+            return _own(results)
 
         def flat(function):
             return lambda *args: function(*self.together(args))
@@ -73,12 +69,20 @@ class Operator:
             return self._dispatched(*operands, *options)
         if self.recorded and torch.is_grad_enabled() and any(map(_requires_grad, operands)):
             return self.recorded(*args)
-        return self._run(*args)
+        results = self._run(*args)
+        return results if torch.is_inference_mode_enabled() else _own(results)
 
     def together(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Operands and options, where the schema's arguments stand one by one."""
         operands = len(args) - len(self._options._fields)
         return *args[:operands], self._options(*args[operands:])
+
+
+def _own(results: Any) -> Any:
+    """Results that may be written over, as views may not that were made where autograd is off."""
+    if isinstance(results, tuple):
+        return tuple(map(_own, results))
+    return results.data if results is not None and results._is_view() else results
 
 
 def _has_tangent(x: Any) -> bool:
