@@ -74,6 +74,17 @@ def test_floats_of_8_bits_are_not_taken(spec, variant):
 
 
 @every(lambda spec: spec.along_tokens)
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_layouts_that_are_not_taken(spec, variant):
+    # a length that no right call has had: what passed once is not checked again
+    good = spec.arguments(Shape(T=29), variant, torch.float32)
+    message = "q: expected a dense tensor, got torch.sparse_coo; sequences of several lengths are"
+    refuses(spec, {**good, "q": good["q"].to_sparse()}, TypeError, message)
+    nested = torch.nested.nested_tensor([*good["q"]], layout=torch.jagged)
+    refuses(spec, {**good, "q": nested}, TypeError, "q: expected a dense tensor, got torch.jagged")
+
+
+@every(lambda spec: spec.along_tokens)
 def test_heads_without_channels(spec, variant):
     good = spec.arguments(Shape(T=6), variant)
     none = {"q": good["q"][..., :0], "k": good["k"][..., :0]}

@@ -82,6 +82,11 @@ def operands(
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{name}: expected a dense tensor, got {tensor.layout}; sequences of several "
+                "lengths are packed into a batch of one, with cu_seqlens"
+            )
         if tensor.dtype not in FLOATS:
             raise TypeError(
                 f"{name}: expected a floating point tensor, got {tensor.dtype}; "
