@@ -133,7 +133,7 @@ class Mixer(nn.Module):
 
 
 def _first_time(x: Tensor) -> Tensor:
-    """x, of a call that goes on from a cache: again, it would from what it is computed from."""
+    """x, of a call that goes on from a cache; a second time it would go on from its own end."""
     if torch._C._current_graph_task_id() >= 0:
         raise RuntimeError(
             "past_key_values: expected None where a backward pass computes tokens again "
