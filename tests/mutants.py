@@ -325,6 +325,20 @@ MUTANTS = [
         ("test_linear_hopper.py",),
     ),
     Mutant(
+        "compiled layers go on from a cache twice",
+        "fla/layers/mixer.py",
+        "return _first_time(x).clone()",
+        "return x.clone()",
+        ("test_layer_calls.py",),
+    ),
+    Mutant(
+        "results of no_grad are views",
+        "fla/ops/common/boundary.py",
+        "return results if torch.is_inference_mode_enabled() else _own(results)",
+        "return results",
+        ("test_torch.py",),
+    ),
+    Mutant(
         "of a map that joins segments the last piece alone",
         "fla/ops/kda/chunk_inter.py",
         "b_next = tl.where(part == 0, b_a, b_next)",
