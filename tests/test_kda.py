@@ -258,6 +258,14 @@ def test_a_rate_beyond_the_largest_number(lower_bound):
     assert all(x.isfinite().all() for x in (o, *torch.autograd.grad(o.sum(), leaves)))
 
 
+def test_a_large_gradient_of_a_gate_that_lets_nothing_through():
+    raw = torch.full((1, 1, 1, 1), -110.0, requires_grad=True)
+    fused_kda_gate(raw, torch.full((1,), 80.0)).mul(1e4).sum().backward()
+    wide = raw.detach().double().requires_grad_()
+    naive_kda_gate(wide, torch.full((1,), 80.0), None, wide.dtype).mul(1e4).sum().backward()
+    assert relative_error(raw.grad, wide.grad) < 1e-5
+
+
 def test_parameters_of_an_unused_gate_do_not_matter():
     x = operands(20)
     expected, _ = ops.chunk_kda(*x)

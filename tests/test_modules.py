@@ -98,7 +98,7 @@ def norm_reference(x, weight=None, g=None, residual=None, *, eps, mean, activati
     return y if g is None else y * activated(g, activation), h
 
 
-NORM_SHAPES = [(0, 8), (1, 2), (3, 5, 2, 20), (70, 33), (2, 130)]
+NORM_SHAPES = [(0, 8), (9,), (1, 2), (3, 5, 2, 20), (70, 33), (2, 130)]
 
 
 @runs
@@ -128,6 +128,21 @@ def test_gated_norm(name, dtype, shape, activation, affine):
 
     def reference(**inputs):
         return [norm_reference(**inputs, eps=1e-5, mean=True, activation=activation)[0]]
+
+    agree(run, reference, inputs, name, dtype)
+
+
+@runs
+def test_gated_norm_without_eps(name, dtype):
+    module = FusedRMSNormGated(20, eps=0.0)
+    inputs = {n: draw(3, 20, seed=i, dtype=dtype) for i, n in enumerate(("x", "g"))}
+    inputs["weight"] = draw(20, dtype=torch.promote_types(dtype, torch.float32))
+
+    def run(x, g, weight):
+        return [torch.func.functional_call(module, {"weight": weight}, (x, g))]
+
+    def reference(**inputs):
+        return [norm_reference(**inputs, eps=0.0, mean=True)[0]]
 
     agree(run, reference, inputs, name, dtype)
 

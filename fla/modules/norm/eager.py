@@ -37,7 +37,7 @@ def backward(
         dg = (_times(dy * unit, weight) * slope).to(g.dtype)
         dy = dy * opened
     if weight is not None:
-        dweight = (dy * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        dweight = (dy * unit).sum_to_size(weight.shape).to(weight.dtype)
     dunit = _times(dy, weight)
     inner = (dunit * unit).sum(-1, keepdim=True) * scale_of(h, options)
     dx = (dunit - unit * inner) * reciprocal

@@ -98,7 +98,8 @@ def backward_kernel(
         at = o_r.to(tl.int64)[:, None] * D + o_d[None, :]
         b_h = tl.load(h + at, mask=mask, other=0).to(tl.float32)  # [BR, BD]
         b_dy = tl.load(dy + at, mask=mask, other=0).to(tl.float32)
-        b_r = tl.rsqrt(tl.sum(b_h * b_h, 1) * scale + eps)[:, None]
+        # 0 where there is no row: without eps it would be infinite
+        b_r = tl.where(o_r < rows, tl.rsqrt(tl.sum(b_h * b_h, 1) * scale + eps), 0.0)[:, None]
         b_unit = b_h * b_r
         if g is not None:
             b_open, b_slope = opened(tl.load(g + at, mask=mask, other=0).to(tl.float32), SWISH)

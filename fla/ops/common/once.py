@@ -18,13 +18,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Answers of a function: lengths differ from batch to batch
 KEPT = 1024
-# Beside what is known of a tensor, so that no tuple stands for one
-_TENSOR = object()
+_NOTHING = object()
 
 
 def once(function: Function) -> Function:
     """Call ``function`` once for arguments that are equal, and for tensors of equal shapes,
-    dtypes and devices: of a tensor it may look at nothing else.
+    dtypes, devices and layouts: of a tensor it may look at nothing else.
 
     What it raises is raised every time.  Arguments are kept, so none may be large.
     """
@@ -35,13 +34,13 @@ def once(function: Function) -> Function:
         if is_compiling() or is_tracing():  # sizes are no numbers
             return function(*args)
         known = tuple(
-            [(x.shape, x.dtype, x.device, _TENSOR) if isinstance(x, Tensor) else x for x in args]
+            [(x.shape, x.dtype, x.device, x.layout) if isinstance(x, Tensor) else x for x in args]
         )
         try:
-            found = answers.get(known, _TENSOR)
+            found = answers.get(known, _NOTHING)
         except TypeError:  # without a hash: sizes that are symbols, or what no call takes
             return function(*args)
-        if found is _TENSOR:
+        if found is _NOTHING:
             found = function(*args)
             if len(answers) >= KEPT:
                 answers.clear()

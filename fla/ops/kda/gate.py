@@ -132,7 +132,7 @@ class Gate:
         """
         if self.lower_bound is None:
             x = self._shifted(x)
-            dx = -dg * self.rate * torch.sigmoid(x)
+            dx = -dg * (self.rate * torch.sigmoid(x))  # a steep rate may be nothing beside it
             return dx, dg * _finite(F.logsigmoid(-x).mul_(self.rate))
         angle = self._angle(x)
         opened = torch.sigmoid(angle)
