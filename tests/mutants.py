@@ -299,8 +299,8 @@ MUTANTS = [
     Mutant(
         "a check takes another dtype for the one that passed",
         "fla/ops/common/once.py",
-        "(x.shape, x.dtype, x.device, _TENSOR)",
-        "(x.shape, x.device, _TENSOR)",
+        "(x.shape, x.dtype, x.device, x.layout)",
+        "(x.shape, x.device, x.layout)",
         ("test_once.py",),
     ),
     Mutant(
