@@ -1,19 +1,18 @@
-"""Norms, short convolutions and rotary positions: plain PyTorch and kernels against fp64."""
+"""Norms and short convolutions: plain PyTorch and kernels against fp64; what modules refuse."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
 import subprocess
 import sys
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compiling import compiling
+from module_cases import BOUNDS, agree, draw, implementation, results
 
 from fla.modules import (
     FusedRMSNormGated,
@@ -26,11 +25,9 @@ from fla.modules import (
 )
 from fla.modules.conv import engine as conv_engine
 from fla.modules.norm import engine as norm_engine
-from fla.ops.common import dispatch
 from fla.testing.compare import relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
 # Each check runs in plain PyTorch on all dtypes, and as kernels in fp32 inside test_interpreted.
 RUNS = [("triton", torch.float32)] if INTERPRETED else [("eager", dtype) for dtype in BOUNDS]
@@ -38,49 +35,6 @@ HALF = [("triton", torch.float16)] if INTERPRETED else []
 runs = pytest.mark.parametrize("name, dtype", RUNS)
 halves_too = pytest.mark.parametrize("name, dtype", RUNS + HALF)
 outside = pytest.mark.skipif(INTERPRETED, reason="not of kernels that are interpreted")
-
-
-@contextlib.contextmanager
-def implementation(name):
-    """Run this one; the interpreter takes tensors on the CPU."""
-    with contextlib.ExitStack() as stack:
-        for engine in (norm_engine, conv_engine) if name == "triton" else ():
-            stack.enter_context(mock.patch.object(engine, "lacks_triton", lambda *_: None))
-        stack.enter_context(dispatch.use(name))
-        yield
-
-
-def draw(*size, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed + sum(size))
-    return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def results(run, inputs, wide=False):
-    """Outputs and gradients under a fixed cotangent of each output."""
-    leaves = {
-        name: (x.double() if wide else x).detach().requires_grad_()
-        for name, x in inputs.items()
-        if x is not None
-    }
-    outputs = [x for x in run(**leaves) if x is not None]
-    loss = sum((x * draw(*x.shape, seed=7).to(x.dtype)).sum() for x in outputs)
-    gradients = torch.autograd.grad(
-        loss, list(leaves.values()), allow_unused=True, materialize_grads=True
-    )
-    named = dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
-    return {f"out[{i}]": x.detach() for i, x in enumerate(outputs)} | named
-
-
-def agree(run, reference, inputs, name, dtype, bound=None):
-    """Outputs and gradients within rounding of fp64 on the same values; dtypes are kept."""
-    with implementation(name):
-        found = results(run, inputs)
-    expected = results(reference, inputs, wide=True)
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert relative_error(found[key], value) < (bound or BOUNDS[dtype]), key
-        if key.startswith("d"):
-            assert found[key].dtype == inputs[key[1:]].dtype, key
 
 
 # Norms
@@ -116,9 +70,11 @@ def test_l2norm(name, dtype, shape):
 @runs
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("activation", ["swish", "silu", "sigmoid"])
-@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
-def test_gated_norm(name, dtype, shape, activation, affine):
-    module = FusedRMSNormGated(shape[-1], affine, 1e-5, activation)
+@pytest.mark.parametrize(
+    "shape, eps", [*((shape, 1e-5) for shape in NORM_SHAPES), ((3, 20), 0.0)], ids=str
+)
+def test_gated_norm(name, dtype, shape, eps, activation, affine):
+    module = FusedRMSNormGated(shape[-1], affine, eps, activation)
     inputs = {"x": draw(*shape, dtype=dtype), "g": draw(*shape, seed=1, dtype=dtype)}
     if affine:
         inputs["weight"] = draw(shape[-1], seed=2, dtype=torch.promote_types(dtype, torch.float32))
@@ -127,22 +83,7 @@ def test_gated_norm(name, dtype, shape, activation, affine):
         return [torch.func.functional_call(module, {"weight": weight} if affine else {}, (x, g))]
 
     def reference(**inputs):
-        return [norm_reference(**inputs, eps=1e-5, mean=True, activation=activation)[0]]
-
-    agree(run, reference, inputs, name, dtype)
-
-
-@runs
-def test_gated_norm_without_eps(name, dtype):
-    module = FusedRMSNormGated(20, eps=0.0)
-    inputs = {n: draw(3, 20, seed=i, dtype=dtype) for i, n in enumerate(("x", "g"))}
-    inputs["weight"] = draw(20, dtype=torch.promote_types(dtype, torch.float32))
-
-    def run(x, g, weight):
-        return [torch.func.functional_call(module, {"weight": weight}, (x, g))]
-
-    def reference(**inputs):
-        return [norm_reference(**inputs, eps=0.0, mean=True)[0]]
+        return [norm_reference(**inputs, eps=eps, mean=True, activation=activation)[0]]
 
     agree(run, reference, inputs, name, dtype)
 
@@ -393,83 +334,6 @@ def test_kernels_compile(dtype, capability):
         norm.backward(x, None, x, None, None, options)
     assert len(compiled) == 12
     assert max(kernel.metadata.shared for kernel in compiled) <= 48 << 10
-
-
-# Positions
-
-
-@outside
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_rotary(dtype, interleaved):
-    """Pairs of channels as complex numbers, turned by their positions."""
-    dim, base = 8, 100.0
-    rotary = RotaryEmbedding(dim, base, interleaved=interleaved)
-    inputs = {"q": draw(2, 7, 4, 12, dtype=dtype), "k": draw(2, 7, 2, 12, seed=1, dtype=dtype)}
-    offset = torch.tensor([0, 3])
-
-    def turned(x):
-        pairs = x[..., :dim].unflatten(-1, (-1, 2) if interleaved else (2, -1))
-        pairs = pairs if interleaved else pairs.mT
-        angles = (torch.arange(7) + offset[:, None]).double()[..., None] * base ** (
-            -torch.arange(0, dim, 2).double() / dim
-        )
-        whole = torch.view_as_complex(pairs.contiguous()) * torch.polar(
-            torch.ones_like(angles), angles
-        ).unsqueeze(2)
-        whole = torch.view_as_real(whole)
-        whole = (whole if interleaved else whole.mT).flatten(-2)
-        return torch.cat([whole, x[..., dim:]], -1)
-
-    agree(
-        lambda q, k: rotary(q, k, offset),
-        lambda q, k: (turned(q), turned(k)),
-        inputs,
-        "eager",
-        dtype,
-    )
-
-
-@outside
-def test_rotary_of_packed_sequences():
-    rotary = RotaryEmbedding(8)
-    q, k = draw(1, 9, 2, 8), draw(1, 9, 2, 8, seed=1)
-    cu_seqlens, offset = torch.tensor([0, 0, 4, 9]), torch.tensor([5, 2, 7])
-    whole = rotary(q, k, offset, cu_seqlens)
-    for (start, stop), first in zip(((0, 4), (4, 9)), (2, 7), strict=True):
-        alone = rotary(q[:, start:stop], k[:, start:stop], first)
-        for a, b in zip(whole, alone, strict=True):
-            torch.testing.assert_close(a[:, start:stop], b, rtol=1e-12, atol=1e-12)
-
-
-@outside
-def test_rotary_at_a_late_position():
-    """Where the digits of fp32 are those of how many times an angle goes round."""
-    rotary = RotaryEmbedding(64)
-    q = draw(1, 9, 1, 64)
-    found, expected = (rotary(x, x, 10**6)[0] for x in (q.float(), q))
-    assert relative_error(found, expected) < 1e-6
-
-
-@outside
-@pytest.mark.parametrize(
-    "bounds, problem",
-    [([0, 3], "end at T = 5"), ([2, 5], "start at 0"), ([0, 4, 2, 5], "not to decrease")],
-)
-def test_rotary_wants_boundaries_that_fit(bounds, problem):
-    q = torch.randn(1, 5, 2, 8)
-    with pytest.raises(ValueError, match=f"cu_seqlens: expected (to )?{problem}"):
-        RotaryEmbedding(8)(q, q, cu_seqlens=torch.tensor(bounds))
-    with pytest.raises(TypeError, match="seqlen_offset: expected a whole number, got float"):
-        RotaryEmbedding(8)(q, q, 1.5)
-
-
-@outside
-def test_rotary_scores_follow_distance_alone():
-    rotary = RotaryEmbedding(8)
-    q, k = draw(1, 5, 1, 8), draw(1, 5, 1, 8, seed=1)
-    scores = [torch.einsum("bihd,bjhd->bij", *rotary(q, k, offset)) for offset in (0, 1000)]
-    torch.testing.assert_close(*scores, rtol=1e-9, atol=1e-9)
 
 
 # What does not fit
