@@ -246,6 +246,8 @@ def test_refusals():
         cache[3]
     with pytest.raises(ValueError, match=r"state_dict: expected what Cache\.state_dict returned"):
         cache.load_state_dict({0: {}})
+    with pytest.raises(ValueError, match=r"state_dict: expected what Cache\.state_dict returned"):
+        cache.load_state_dict({"layers": {"0": {"seen": 1}}})  # as JSON would bring it back
     with pytest.raises(
         ValueError, match=r"state_dict: expected seen and some of .* for layer 0, go"
     ):

@@ -231,6 +231,23 @@ def test_any_length_exports_as_one_graph(name):
         torch.testing.assert_close(exported.module()(x)[0], made(x)[0], rtol=1e-10, atol=1e-10)
 
 
+def test_any_number_of_packed_sequences_exports_as_one_graph():
+    class Packed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.made = layer("attn")
+
+        def forward(self, x, cu_seqlens):
+            return self.made(x, cu_seqlens=cu_seqlens)[0]
+
+    model = Packed()
+    T, N = torch.export.Dim("T", min=2, max=1 << 20), torch.export.Dim("N", min=2, max=1 << 10)
+    many, one = (draw(1, 9, D), torch.tensor([0, 3, 3, 9])), (draw(1, 5, D), torch.tensor([0, 5]))
+    exported = torch.export.export(model, many, dynamic_shapes=({1: T}, {0: N}))
+    for call in (many, one):
+        torch.testing.assert_close(exported.module()(*call), model(*call), rtol=1e-10, atol=1e-10)
+
+
 # What does not fit
 
 
@@ -323,6 +340,14 @@ def refusals():
             lambda: Attention(**made_of, window_size=-1),
         ),
         (
+            "hidden_size: expected at least 1, got 0",
+            lambda: KimiDeltaAttention(hidden_size=0),
+        ),
+        (
+            "attention_mask: expected the device of hidden_states, cpu, got meta",
+            lambda: made(x, mask.to("meta")),
+        ),
+        (
             "mode: expected one of chunk, fused_recurrent, got parallel",
             lambda: KimiDeltaAttention(mode="parallel"),
         ),
@@ -395,6 +420,11 @@ def test_refusals_of_types():
         ("hidden_size", LinearAttention, "24"),
         ("window_size", Attention, 4.0),
         ("head_dim", KimiDeltaAttention, 8.0),
+        ("hidden_size", KimiDeltaAttention, 32.0),
+        ("layer_idx", KimiDeltaAttention, "0"),
+        ("conv_size", KimiDeltaAttention, None),
+        ("conv_size", SimpleGatedLinearAttention, None),
+        ("conv_size", functools.partial(LightningAttention, use_short_conv=True), None),
         ("kernel_size", functools.partial(ShortConvolution, 8), 4.0),
         ("dim", RotaryEmbedding, 4.0),
     ],
@@ -408,6 +438,8 @@ def test_sizes_are_whole_numbers(name, make, value):
 def test_factors_of_sizes_are_numbers():
     with pytest.raises(TypeError, match="expand_k: expected a number, got NoneType"):
         LinearAttention(expand_k=None)
+    with pytest.raises(TypeError, match="lower_bound: expected a number, got str"):
+        KimiDeltaAttention(lower_bound="-5", safe_gate=True)
 
 
 def test_a_refused_call_leaves_the_cache_alone():

@@ -27,11 +27,10 @@ class SoftmaxMixer(Mixer):
         window_size: int | None,
         layer_idx: int | None,
     ):
-        super().__init__()
+        super().__init__(hidden_size, layer_idx)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         multiple("hidden_size", hidden_size, "num_heads", num_heads)
         multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
-        self.hidden_size, self.layer_idx = hidden_size, layer_idx
         self.window_size = contract.window(window_size)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = hidden_size // num_heads

@@ -150,6 +150,7 @@ class Cache:
         if (
             not isinstance(layers, dict)
             or len(state_dict) != 1
+            or not all(isinstance(layer_idx, int) for layer_idx in layers)
             or not all(isinstance(state, dict) for state in layers.values())
         ):
             raise ValueError(

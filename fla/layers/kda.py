@@ -70,13 +70,15 @@ class KimiDeltaAttention(MemoryMixer):
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
         multiple("num_v_heads", num_v_heads, "num_heads", num_heads)
         contract.one_of("mode", mode, tuple(FORMS))
+        if lower_bound is not None:
+            lower_bound = contract.number("lower_bound", lower_bound)
         if safe_gate and (lower_bound is None or not -5 <= lower_bound < 0):
             raise ValueError(f"lower_bound: expected [-5, 0) with safe_gate, got {lower_bound}")
         super().__init__(
             hidden_size,
             heads=(num_heads, num_heads, num_v_heads),
             head_dims=(head_dim, channels("head_dim", head_dim, "expand_v", expand_v)),
-            conv_size=conv_size if use_short_conv else None,
+            conv_size=contract.whole_number("conv_size", conv_size) if use_short_conv else None,
             conv_bias=conv_bias,
             layer_idx=layer_idx,
         )

@@ -75,7 +75,7 @@ class LightningAttention(GroupedMemoryMixer):
             expand_v,
             num_heads,
             num_kv_heads,
-            conv_size if use_short_conv else None,
+            contract.whole_number("conv_size", conv_size) if use_short_conv else None,
             conv_bias,
             layer_idx,
         )

@@ -26,8 +26,7 @@ class MemoryMixer(Mixer):
         layer_idx: int | None,
     ):
         """``heads`` of q, k and v; ``head_dims`` K and V; no convolution without ``conv_size``."""
-        super().__init__()
-        self.hidden_size, self.layer_idx = hidden_size, layer_idx
+        super().__init__(hidden_size, layer_idx)
         self.head_k_dim, self.head_v_dim = head_dims
         for name, size, limit in zip(("keys", "values"), head_dims, self.head_limits, strict=True):
             fits(name, size, limit)

@@ -54,8 +54,14 @@ class Mixer(nn.Module):
     A layer defines ``mix``, which gets tokens without padding, and ``state_shapes``.
     """
 
-    hidden_size: int
-    layer_idx: int | None
+    def __init__(self, hidden_size: int, layer_idx: int | None):
+        super().__init__()
+        self.hidden_size = contract.whole_number("hidden_size", hidden_size)
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size: expected at least 1, got {hidden_size}")
+        self.layer_idx = layer_idx
+        if layer_idx is not None:
+            self.layer_idx = contract.whole_number("layer_idx", layer_idx)
 
     def mix(self, x: Tensor, call: Call) -> Tensor:
         """Outputs for the tokens x ``[B, T, D]``, or packed ``[1, T, D]``."""

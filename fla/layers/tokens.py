@@ -33,7 +33,7 @@ class Tokens:
                 raise ValueError("attention_mask: expected None with cu_seqlens, got a tensor")
             self.N = contract.number_of_sequences(hidden_states, cu_seqlens, None, "hidden_states")
         elif attention_mask is not None:
-            mask = _last_columns(attention_mask, self.N, self._T, seen)
+            mask = _last_columns(attention_mask, hidden_states, seen)
             if not mask.all():
                 self._padded, self._mask = True, mask
                 self.cu_seqlens = prepare_cu_seqlens_from_mask(mask)
@@ -79,14 +79,20 @@ class Tokens:
         return self._places
 
 
-def _last_columns(attention_mask: Tensor, B: int, T: int, seen: int) -> Tensor:
+def _last_columns(attention_mask: Tensor, hidden_states: Tensor, seen: int) -> Tensor:
     """The mask of these T tokens as bool, checked."""
+    B, T = hidden_states.shape[:2]
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
     widths = sorted({T, seen + T})
     if attention_mask.dim() != 2 or attention_mask.shape not in [(B, width) for width in widths]:
         expected = " or ".join(f"[{B}, {width}]" for width in widths)
         raise ValueError(f"attention_mask: expected {expected}, got {list(attention_mask.shape)}")
+    if attention_mask.device != hidden_states.device:
+        raise ValueError(
+            f"attention_mask: expected the device of hidden_states, {hidden_states.device}, "
+            f"got {attention_mask.device}"
+        )
     mask = attention_mask[:, attention_mask.shape[1] - T :]
     tokens = mask.bool()
     if mask.dtype != torch.bool and not torch.equal(mask, tokens.to(mask.dtype)):

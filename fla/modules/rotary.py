@@ -70,8 +70,8 @@ class RotaryEmbedding(nn.Module):
         if isinstance(offset, Tensor) and offset.dim():
             offset = offset.to(device)[:, None]  # [N, 1]
         if cu_seqlens is not None:
-            n = torch.searchsorted(cu_seqlens[1:].long(), positions, right=True)  # [1, T]
-            n = n.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
+            n = torch.searchsorted(cu_seqlens.long(), positions, right=True) - 1  # [1, T]
+            n = n.clamp(max=cu_seqlens.shape[0] - 2)  # tokens behind the last boundary
             positions = positions - cu_seqlens[n]
             if isinstance(offset, Tensor) and offset.dim():
                 offset = offset[n, 0]
