@@ -95,8 +95,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--compile", action="store_true", help="its kernels only")
     parser.add_argument("--claims", type=Path, help="rows named there are another process's")
     options = parser.parse_args(argv)
+    engines = meant(parser, options)
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA GPU, this machine has none")
+    if options.peer and not options.peer.is_dir():
+        parser.error(f"--peer: expected a folder, {options.peer} is not one")
     passed = True
-    for engine, module in meant(parser, options).items():
+    for engine, module in engines.items():
         if options.library:
             work(module.SUITE, options)
         else:

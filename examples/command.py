@@ -20,7 +20,7 @@ def entry(main: Callable[..., int]) -> Callable[..., int]:
             sys.stdout.reconfigure(errors="replace")  # a terminal may not know all characters
         try:
             return main(argv)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
@@ -51,8 +51,8 @@ def parser(program: str, text: str | None) -> argparse.ArgumentParser:
 def device(name: str) -> str:
     """The name of a device that tensors can live on here."""
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(
             f"expected a device of this machine, got {name}: {reason}"

@@ -108,6 +108,13 @@ def test_what_is_not_installed_is_said_at_once(monkeypatch, capsys):
     assert "expected transformers, which is not installed" in capsys.readouterr().err
 
 
+def test_a_gpu_is_wanted(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "expected a CUDA GPU, this machine has none" in capsys.readouterr().err
+
+
 def test_a_bar_stays_in_its_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "40")
@@ -333,6 +340,7 @@ def test_gpu_results_hold_what_is_printed(monkeypatch, tmp_path, capsys):
     fast = {"forward": 0.1, "backward": 0.2, "errors": {"o": 0.002}}
     found = {row.name: fast for row in others} | {slow.name: {**fast, "forward": 99.0}}
     monkeypatch.setattr(gpu, "_apart", lambda *_, **__: dict(found))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     assert gpu.main(["--only", "attn", "--out", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
@@ -352,6 +360,7 @@ def test_rows_that_there_are_not(capsys):
 
 def test_rows_of_one_engine_start_no_other(monkeypatch):
     ran = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "_run", lambda engine, *_: ran.append(engine) or True)
     assert gpu.main(["--rows", "attn_decoding"]) == 0
     assert ran == ["attn"]

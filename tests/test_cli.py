@@ -1,6 +1,7 @@
 """``fla info`` and ``fla check``, and the distribution that they belong to."""
 
 import dataclasses
+import itertools
 from importlib import metadata
 
 import pytest
@@ -84,6 +85,22 @@ def test_check_fails_on_an_exception_and_goes_on(capsys, one_operator):
     one_operator(run=broken)
     assert main(["check"]) == 1
     assert "16 calls, 16 failures" in capsys.readouterr().out
+
+
+def test_check_shows_what_was_done_when_it_is_stopped(capsys, one_operator):
+    spec, calls = one_operator(), itertools.count()
+
+    def stopped(**arguments):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return spec.run(**arguments)
+
+    one_operator(run=stopped)
+    assert main(["check"]) == 1
+    printed = capsys.readouterr().out
+    assert "stopped before 13 of 16 calls" in printed
+    assert "dq" in printed
+    assert "3 calls, 0 failures" in printed
 
 
 def test_a_command_is_wanted(capsys):

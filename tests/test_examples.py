@@ -252,11 +252,23 @@ def test_wrong_arguments_are_one_error(capsys, arguments, message):
     assert printed.count("\n") == 1
 
 
+def test_a_text_that_cannot_be_read(monkeypatch, tmp_path, capsys):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    text = tmp_path / "text"
+    text.write_text("a line")
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    assert train.main(["--text", str(text), "--steps", "1", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == f"error: [Errno 13] Permission denied: '{text}'\n"
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta"])
 @pytest.mark.parametrize("program", [train, generate, recall, cost, demo])
-def test_a_device_that_is_not_here(capsys, program):
+def test_a_device_that_is_not_here(capsys, program, device):
     arguments = ["any.pt"] if program is generate else []
     with pytest.raises(SystemExit) as stop:
-        program.main([*arguments, "--device", "cuda:99"])
+        program.main([*arguments, "--device", device])
     assert stop.value.code == 2
     assert "argument --device: expected a device of this machine" in capsys.readouterr().err
 

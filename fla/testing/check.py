@@ -61,24 +61,34 @@ def check() -> int:
     """Run every operator on this machine; compare output and gradients with fp64."""
     table: dict[tuple[str, str, str], Errors] = {}
     failures = []
-    calls = cases()
-    for case in track(calls, lambda case: f"{case.spec} on {case.device}"):
-        row = table.setdefault((case.spec.name, case.device, case.dtype), {})
-        try:
-            errors = case.errors()
-        except Exception as problem:  # the other operators are still to be checked
-            failures.append(f"{case}: {type(problem).__name__}: {problem}")
-            continue
-        for name, (error, bound) in errors.items():
-            if error > bound:
-                failures.append(f"{case}: {name} is off by {error:.1e}, expected {bound:.1e}")
-            column = re.sub(r"initial_|\[\d\]", "", name)
-            row[column] = max(row.get(column, (0.0, 1.0)), (error, bound), key=_share)
+    calls, done = cases(), 0
+    try:
+        for case in track(calls, lambda case: f"{case.spec} on {case.device}"):
+            row = table.setdefault((case.spec.name, case.device, case.dtype), {})
+            failures += _failures(case, row)
+            done += 1
+    except KeyboardInterrupt:  # behind which comes what has been checked
+        print(f"stopped before {len(calls) - done} of {len(calls)} calls")
     for rows in _alike(table):
         print(*aligned(_error_table(rows)), "", sep="\n")
     print("Relative errors against fp64, of each column the one nearest to its bound.")
-    print(*failures, f"{len(calls)} calls, {len(failures)} failures", sep="\n")
-    return 1 if failures else 0
+    print(*failures, f"{done} calls, {len(failures)} failures", sep="\n")
+    return 1 if failures or done < len(calls) else 0
+
+
+def _failures(case: Case, row: Errors) -> list[str]:
+    """What is wrong with a call; its errors go to the row."""
+    failures = []
+    try:
+        errors = case.errors()
+    except Exception as problem:  # the other operators are still to be checked
+        return [f"{case}: {type(problem).__name__}: {problem}"]
+    for name, (error, bound) in errors.items():
+        if error > bound:
+            failures.append(f"{case}: {name} is off by {error:.1e}, expected {bound:.1e}")
+        column = re.sub(r"initial_|\[\d\]", "", name)
+        row[column] = max(row.get(column, (0.0, 1.0)), (error, bound), key=_share)
+    return failures
 
 
 def _share(error_and_bound: tuple[float, float]) -> float:
