@@ -3,7 +3,7 @@
 Runs the rows of ``python -m benchmarks gpu`` under Nsight Compute, whose ``ncu`` is to be on the
 path.  Prints of each kernel, forward and backward, how long it took with nothing in the caches, how
 much of that time the parts of the chip were busy, and what most warps waited for meanwhile.  The
-findings stand in ``benchmarks/results``.
+findings stand in ``measured``, or in the directory ``--out``.
 """
 
 from __future__ import annotations

@@ -33,8 +33,6 @@ from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 import fla
 from benchmarks import OUT
 from fla import ops
-from fla.ops.forgetting_attn import parallel_forgetting_attn
-from fla.ops.kda import chunk_kda, fused_recurrent_kda
 from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
 from fla.testing.report import aligned, track
 
@@ -107,12 +105,12 @@ LINEAR: dict[str, tuple[Callable[..., Any], Callable[..., Arguments]]] = {
     "chunk_linear_attn": (ops.chunk_linear_attn, positive),
     "fused_chunk_linear_attn": (ops.fused_chunk_linear_attn, positive),
     "chunk_lightning_attn": (ops.chunk_lightning_attn, layer),
-    "chunk_kda": (chunk_kda, delta),
+    "chunk_kda": (ops.chunk_kda, delta),
 }
 # … the others, and what they are compared with.
 OPERATORS = LINEAR | {
-    "fused_recurrent_kda": (fused_recurrent_kda, delta),
-    "parallel_forgetting_attn": (parallel_forgetting_attn, gated),
+    "fused_recurrent_kda": (ops.fused_recurrent_kda, delta),
+    "parallel_forgetting_attn": (ops.parallel_forgetting_attn, gated),
     "naive_recurrent_simple_gla": (naive_recurrent_simple_gla, gated),
     "scaled_dot_product_attention": (softmax_attention, heads_first),
     "transformers chunk": (transformers_chunk_kda, delta),

@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.length < 0:
         parser.error(f"--length: expected at least 0, got {options.length}")
     if not 0 <= options.temperature < math.inf:
-        parser.error(f"--temperature: expected a finite number, got {options.temperature}")
+        parser.error(f"--temperature: expected a finite number from 0, got {options.temperature}")
     model = load(options.checkpoint, options.device)
     prompt = os.fsencode(options.prompt)
     print(document(model, prompt, options.length, options.seed, options.temperature))

@@ -212,8 +212,8 @@ def _recall(results: Results) -> list[str]:
         f"and again, and asks for the latest. One block of each kind was trained alike, for "
         f"{task.steps} steps. A memory that only adds holds all values of a variable at once; one "
         f"that decays loses the old and the rarely written alike; the delta rule takes the old "
-        f"value out as it puts the new one in. The operators compute in chunks of {CHUNK}: what "
-        f"lies further back has gone through the state. The longest distances are those of "
+        f"value out as it puts the new one in. The memories compute in chunks of at most {CHUNK}: "
+        f"what lies further back has gone through the state. The longest distances are those of "
         f"variables that were written least, and a sum confuses those least. Guessing gives "
         f"{100 / task.values:.0f}%.</p>",
         "<div class=wide>",

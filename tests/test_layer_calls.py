@@ -368,7 +368,15 @@ def refusals():
             lambda: Cache().load_state_dict({"layers": [1]}),
         ),
         (
-            "keys: expected a head of 1 to 256 channels, got 257",
+            "hidden_size * expand_v / num_heads: expected a head of 1 to 512 channels, got 513",
+            lambda: LinearAttention(hidden_size=1026, num_heads=4, expand_k=2 / 3, expand_v=2),
+        ),
+        (
+            "head_dim * expand_v: expected a head of 1 to 512 channels, got 514",
+            lambda: KimiDeltaAttention(**made_of, head_dim=256, expand_v=514 / 256),
+        ),
+        (
+            "head_dim: expected a head of 1 to 256 channels, got 257",
             lambda: KimiDeltaAttention(hidden_size=24, num_heads=2, head_dim=257),
         ),
         (

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fla.layers.memory import MemoryMixer
-from fla.layers.mixer import Call, channels, multiple
+from fla.layers.mixer import Call, channels, fits, multiple
 from fla.modules import FusedRMSNormGated
 from fla.ops.common import contract
 from fla.ops.kda import chunk_kda, fused_recurrent_kda
@@ -48,8 +48,6 @@ class KimiDeltaAttention(MemoryMixer):
         norm_eps: added to the mean square in the norm.
     """
 
-    head_limits = 256, 512
-
     def __init__(
         self,
         hidden_size: int = 2048,
@@ -74,10 +72,13 @@ class KimiDeltaAttention(MemoryMixer):
             lower_bound = contract.number("lower_bound", lower_bound)
         if safe_gate and (lower_bound is None or not -5 <= lower_bound < 0):
             raise ValueError(f"lower_bound: expected [-5, 0) with safe_gate, got {lower_bound}")
+        head_v_dim = channels("head_dim", head_dim, "expand_v", expand_v)
+        fits("head_dim", head_dim, 256)
+        fits("head_dim * expand_v", head_v_dim, 512)
         super().__init__(
             hidden_size,
             heads=(num_heads, num_heads, num_v_heads),
-            head_dims=(head_dim, channels("head_dim", head_dim, "expand_v", expand_v)),
+            head_dims=(head_dim, head_v_dim),
             conv_size=contract.whole_number("conv_size", conv_size) if use_short_conv else None,
             conv_bias=conv_bias,
             layer_idx=layer_idx,

@@ -14,8 +14,6 @@ from fla.modules import ShortConvolution
 class MemoryMixer(Mixer):
     """Projections to heads of queries, keys and values, each with an optional short convolution."""
 
-    head_limits = 512, 512  # the most channels of a head of keys, and of values
-
     def __init__(
         self,
         hidden_size: int,
@@ -28,8 +26,6 @@ class MemoryMixer(Mixer):
         """``heads`` of q, k and v; ``head_dims`` K and V; no convolution without ``conv_size``."""
         super().__init__(hidden_size, layer_idx)
         self.head_k_dim, self.head_v_dim = head_dims
-        for name, size, limit in zip(("keys", "values"), head_dims, self.head_limits, strict=True):
-            fits(name, size, limit)
         self.num_heads, self.state_heads = heads[0], max(heads)
         self._head_dims = (*head_dims[:1], *head_dims)
         dims = [number * size for number, size in zip(heads, self._head_dims, strict=True)]
@@ -104,6 +100,7 @@ class GroupedMemoryMixer(MemoryMixer):
             dim = channels("hidden_size", hidden_size, name, expand)
             multiple(f"hidden_size * {name}", dim, "num_heads", num_heads)
             dims.append(dim // num_heads)
+            fits(f"hidden_size * {name} / num_heads", dims[-1], 512)
         super().__init__(
             hidden_size,
             heads=(num_heads, num_kv_heads, num_kv_heads),

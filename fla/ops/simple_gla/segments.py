@@ -2,8 +2,8 @@
 
 Where heads are too few to fill a chip, time falls into segments, in three steps: *summarise* what
 each segment adds to a state and how much it keeps of one that enters, *join* these into the states
-that enter each segment, and *run* all of them.  The same steps serve segments on different devices.
-A summary carries nothing from far: it is made of a segment's pieces, side by side.
+that enter each segment, and *run* all of them.  A summary carries nothing from far: it is made of a
+segment's pieces, side by side.
 """
 
 from __future__ import annotations
