@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--claims", type=Path, help="rows named there are another process's")
     options = parser.parse_args(argv)
     engines = meant(parser, options)
-    if not torch.cuda.is_available():
+    if not options.library and not torch.cuda.is_available():  # after asking, no fork may use it
         parser.error("expected a CUDA GPU, this machine has none")
     if options.peer and not options.peer.is_dir():
         parser.error(f"--peer: expected a folder, {options.peer} is not one")
